@@ -1,0 +1,2 @@
+//! Builds, tests, demonstrates and runs twinwrite.
+fn main() {}
