@@ -1,0 +1,8 @@
+//! The subcommands, one file each: arguments in, library calls, words out.
+
+pub mod build;
+pub mod demo;
+pub mod run;
+pub mod setup;
+pub mod test;
+pub mod vm;

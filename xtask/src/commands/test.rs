@@ -1,0 +1,112 @@
+//! `cargo xtask test`
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::build::Profile;
+use crate::setup::{self, Purpose};
+use crate::{build, paths, progress, scenarios};
+
+/// Its arguments.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Of the virtual machines' scenarios only the one that crashes and takes over.
+    #[arg(long)]
+    quick: bool,
+    /// Only the scenario of this name, and nothing else but building.
+    #[arg(long, value_name = "NAME", conflicts_with = "quick")]
+    only: Option<String>,
+    /// Name the scenarios and do nothing.
+    #[arg(long)]
+    list: bool,
+}
+
+/// Packages that are compiled for this host.
+const HOST_PACKAGES: &[&str] = &["twinwrite-abi", "twinwrite", "twinwrite-tests", "xtask"];
+
+/// Checks and tests, the quick things first.
+///
+/// # Errors
+/// If a check or a test fails.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    if arguments.list {
+        for scenario in scenarios::ALL {
+            let (name, seconds, proves) = (scenario.name, scenario.seconds, scenario.proves);
+            println!("{name} (about {seconds} s): {proves}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(name) = &arguments.only {
+        scenarios::find(name)?;
+        return in_machines(Some(name));
+    }
+    setup::ensure(Purpose::Build)?;
+    setup::ensure(Purpose::Test)?;
+    cargo("Formatting", &["fmt", "--all", "--check"])?;
+    // User space embeds the eBPF object, so it comes first.
+    build::ebpf()?;
+    let mut clippy = vec!["clippy", "--all-targets"];
+    let packages: Vec<&str> = HOST_PACKAGES
+        .iter()
+        .flat_map(|name| ["--package", name])
+        .collect();
+    clippy.extend(&packages);
+    clippy.extend(["--", "-D", "warnings"]);
+    cargo("Clippy", &clippy)?;
+    deny()?;
+    if setup::on_path("cargo-nextest") {
+        let mut tests = vec!["nextest", "run", "--no-tests=pass"];
+        tests.extend(&packages);
+        cargo("Tests without virtual machines", &tests)?;
+    } else {
+        let mut tests = vec!["test"];
+        tests.extend(&packages);
+        cargo("Tests without virtual machines", &tests)?;
+    }
+    in_machines(arguments.quick.then_some(scenarios::SMOKE))
+}
+
+/// Builds what runs in the machines once, then runs one scenario or all.
+fn in_machines(only: Option<&str>) -> Result<ExitCode> {
+    setup::ensure(Purpose::Build)?;
+    setup::ensure(Purpose::Test)?;
+    build::build(Profile::Release)?;
+    let outcome = scenarios::run(only)?;
+    println!("{} passed, {} failed", outcome.passed, outcome.failed.len());
+    if !outcome.failed.is_empty() {
+        bail!("failed: {}", outcome.failed.join(", "));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn deny() -> Result<()> {
+    if !setup::on_path("cargo-deny") {
+        progress::note("Licences and sources: skipped, cargo-deny is not installed");
+        return Ok(());
+    }
+    cargo(
+        "Licences and sources",
+        &["deny", "--offline", "check", "bans", "licenses", "sources"],
+    )
+}
+
+/// Cargo shows its own progress and the tests' closing lines.
+fn cargo(what: &str, arguments: &[&str]) -> Result<()> {
+    progress::note(&format!("{what} ..."));
+    let began = std::time::Instant::now();
+    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(paths::root())
+        .env("TWINWRITE_EBPF_OBJECT", paths::ebpf_object())
+        .args(arguments)
+        .status()
+        .context("cannot start cargo")?;
+    if !status.success() {
+        bail!(
+            "{what}: `cargo {}` ended with {status}",
+            arguments.join(" ")
+        );
+    }
+    progress::note(&format!("{what}: {:.0} s", began.elapsed().as_secs_f32()));
+    Ok(())
+}

@@ -1,0 +1,244 @@
+//! Power and wire: boot, crash, cut, heal.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+
+use super::config::NodeName;
+use super::protocol::{MachineStatus, Reply, Request};
+use super::{AgentAction, Lab, Service};
+use crate::progress::tail;
+
+/// Seconds under emulation; minutes if the host is busy.
+const READY_LIMIT: Duration = Duration::from_secs(180);
+const DEATH_LIMIT_S: u64 = 60;
+
+/// How a machine dies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CrashKind {
+    /// Its power is cut: QEMU gets SIGKILL.
+    #[default]
+    #[value(name = "kill")]
+    Kill,
+    /// Its kernel panics.
+    #[value(name = "sysrq-c")]
+    SysrqC,
+    /// Its kernel resets at once, without a sync.
+    #[value(name = "sysrq-b")]
+    SysrqB,
+}
+
+impl Lab {
+    /// Crashes a machine and makes sure that it lived before and died in just this way. Gives the
+    /// host's time of its end, milliseconds since 1970.
+    ///
+    /// # Errors
+    /// If it was dead, does not die, or died of something else.
+    pub fn crash(&self, node: NodeName, kind: CrashKind) -> Result<i64> {
+        let before = self.machine(node)?;
+        if let Some(end) = before.ended {
+            bail!("machine {node} was dead before the crash ({})", end.how);
+        }
+        let alive = self.exec(node, "true", Duration::from_secs(30));
+        if !alive.is_ok_and(|output| output.status == 0) {
+            bail!("machine {node} did not answer before the crash");
+        }
+        self.bring_about(node, kind)?;
+        self.done(&Request::WaitDead {
+            node,
+            timeout_s: DEATH_LIMIT_S,
+        })?;
+        let after = self.machine(node)?;
+        let console = fs::read(self.console_log(node)).unwrap_or_default();
+        let at_ms = judge(&after, kind, &String::from_utf8_lossy(&console))
+            .with_context(|| format!("machine {node} did not die as it should"))?;
+        if after.process != before.process {
+            bail!("machine {node} was started again during the crash");
+        }
+        Ok(at_ms)
+    }
+
+    fn bring_about(&self, node: NodeName, kind: CrashKind) -> Result<()> {
+        let letter = match kind {
+            CrashKind::Kill => return self.done(&Request::Kill { node }).map(drop),
+            CrashKind::SysrqC => 'c',
+            CrashKind::SysrqB => 'b',
+        };
+        let command = format!("echo {letter} >/proc/sysrq-trigger");
+        match self.exec(node, &command, Duration::from_secs(30)) {
+            Ok(output) => bail!("sysrq {letter} returned on {node}: {output:?}"),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Starts a dead machine again, with its disks as they are, and its agent if `with_agent`.
+    ///
+    /// # Errors
+    /// If it lives, or does not come up.
+    pub fn boot(&self, node: NodeName, with_agent: bool) -> Result<()> {
+        self.done(&Request::Boot { node })?;
+        self.wait_ready(node)?;
+        if with_agent && self.options()?.service == Service::Agents {
+            self.agent(node, AgentAction::Start)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a started machine takes commands.
+    pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
+        let ready = self.share(node).join("ready");
+        let deadline = Instant::now() + READY_LIMIT;
+        while !ready.exists() {
+            let ended = self.machine(node)?.ended;
+            if ended.is_some() || Instant::now() >= deadline {
+                let why = ended.map_or_else(
+                    || "is not ready in time".to_owned(),
+                    |end| format!("ended while booting ({})", end.how),
+                );
+                let qemu = tail(&self.directory().join(node.name()).join("qemu.log"), 5);
+                let console = tail(&self.console_log(node), 20);
+                bail!("machine {node} {why}\nqemu: {qemu}\nconsole:\n{console}");
+            }
+            std::thread::sleep(Duration::from_millis(40));
+        }
+        if let Ok(problem) = fs::read_to_string(self.share(node).join("problem")) {
+            bail!("machine {node} is up but incomplete: {}", problem.trim());
+        }
+        Ok(())
+    }
+
+    /// Cuts the wire between the machines, as if the cable were pulled on both sides. Gives the
+    /// host's time, milliseconds since 1970.
+    ///
+    /// # Errors
+    /// If no machine lives.
+    pub fn cut_link(&self) -> Result<i64> {
+        self.set_link("off")
+    }
+
+    /// Mends the wire.
+    ///
+    /// # Errors
+    /// If no machine lives.
+    pub fn heal_link(&self) -> Result<i64> {
+        self.set_link("on")
+    }
+
+    fn set_link(&self, state: &str) -> Result<i64> {
+        let mut reached = false;
+        for machine in self
+            .machines()?
+            .iter()
+            .filter(|machine| machine.ended.is_none())
+        {
+            let said = self.monitor(machine.node, &format!("set_link n0 {state}"))?;
+            if !said.is_empty() {
+                bail!(
+                    "QEMU does not set the link of {} {state}: {said}",
+                    machine.node
+                );
+            }
+            reached = true;
+        }
+        if !reached {
+            bail!("both machines are dead: there is no link");
+        }
+        Ok(super::clock::now_ms())
+    }
+
+    /// Says something to QEMU's monitor and gives its answer.
+    ///
+    /// # Errors
+    /// If the machine is dead.
+    pub fn monitor(&self, node: NodeName, command: &str) -> Result<String> {
+        match self.request(&Request::Monitor {
+            node,
+            command: command.to_owned(),
+        })? {
+            Reply::Said { text } => Ok(text),
+            other => bail!("the daemon answered {other:?}"),
+        }
+    }
+}
+
+/// Each way to die leaves its own evidence; a machine that died of another cause must not pass.
+fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64> {
+    let end = machine.ended.as_ref().context("it lives")?;
+    let own_death = console.contains("sysrq: ") || console.contains("Kernel panic");
+    let fits = match kind {
+        CrashKind::Kill => end.killed && end.how == "signal 9" && !own_death,
+        CrashKind::SysrqC => !end.killed && console.contains("sysrq: Trigger a crash"),
+        CrashKind::SysrqB => !end.killed && console.contains("sysrq: Resetting"),
+    };
+    if !fits {
+        let shown = console.lines().rev().take(5).collect::<Vec<_>>();
+        bail!(
+            "it ended by {} (killed: {}); console, last first: {shown:?}",
+            end.how,
+            end.killed
+        );
+    }
+    Ok(end.at_ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CrashKind, judge};
+    use crate::lab::config::NodeName;
+    use crate::lab::process::ProcessId;
+    use crate::lab::protocol::{MachineEnd, MachineStatus};
+
+    fn ended(how: &str, killed: bool) -> MachineStatus {
+        MachineStatus {
+            node: NodeName::A,
+            process: ProcessId {
+                pid: 1,
+                start_ticks: 1,
+            },
+            boots: 1,
+            started_at_ms: 0,
+            ended: Some(MachineEnd {
+                at_ms: 7,
+                how: how.to_owned(),
+                killed,
+            }),
+        }
+    }
+
+    #[test]
+    fn each_crash_is_known_by_its_own_evidence() {
+        let panic = "sysrq: Trigger a crash\nKernel panic - not syncing: sysrq triggered crash";
+        let killed = ended("signal 9", true);
+        let exited = ended("exit status 0", false);
+        assert_eq!(judge(&killed, CrashKind::Kill, "").ok(), Some(7));
+        assert_eq!(judge(&exited, CrashKind::SysrqC, panic).ok(), Some(7));
+        assert_eq!(
+            judge(&exited, CrashKind::SysrqB, "sysrq: Resetting").ok(),
+            Some(7)
+        );
+    }
+
+    #[test]
+    fn another_death_does_not_pass() {
+        let killed = ended("signal 9", true);
+        let exited = ended("exit status 0", false);
+        assert!(judge(&killed, CrashKind::Kill, "Kernel panic - not syncing").is_err());
+        assert!(judge(&exited, CrashKind::Kill, "").is_err());
+        assert!(
+            judge(
+                &exited,
+                CrashKind::SysrqC,
+                "Kernel panic - not syncing: Oops"
+            )
+            .is_err()
+        );
+        assert!(judge(&killed, CrashKind::SysrqB, "sysrq: Resetting").is_err());
+        let alive = MachineStatus {
+            ended: None,
+            ..exited
+        };
+        assert!(judge(&alive, CrashKind::Kill, "").is_err());
+    }
+}

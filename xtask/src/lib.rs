@@ -1,0 +1,13 @@
+//! Builds, tests, demonstrates and runs twinwrite.
+//!
+//! It needs no system library itself, so that it can run on a fresh machine and install what the
+//! rest needs.
+
+pub mod build;
+pub mod commands;
+pub mod demo;
+pub mod lab;
+pub mod paths;
+pub mod progress;
+pub mod scenarios;
+pub mod setup;

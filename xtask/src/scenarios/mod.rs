@@ -1,0 +1,252 @@
+//! Scenarios on virtual machines: each proves one thing.
+//!
+//! A scenario that crashes, kills or misconfigures something has its machines to itself. Those that
+//! leave the volume protected on A as they found it share one lab: each begins by checking that it
+//! is so, and after a failure the next one gets fresh machines.
+
+mod agent_killed;
+mod bad_input;
+mod bench;
+mod control_loses_unflushed;
+mod interconnect_cut;
+mod killed_in_replay;
+mod lab_survives;
+mod returning_owner;
+mod steady;
+mod survives_crash;
+mod wrong_peer;
+
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+
+use crate::lab::{Lab, Lifetime, Options};
+
+/// A named scenario.
+pub struct Scenario {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it proves.
+    pub proves: &'static str,
+    /// About how long it takes, with its machines' boot, on a host that does nothing else.
+    pub seconds: u32,
+    run: Run,
+}
+
+/// Where a scenario runs.
+#[derive(Clone, Copy)]
+enum Run {
+    /// On machines of its own.
+    Alone(fn() -> Result<()>),
+    /// On the machines that it leaves as it found them: A owns, B mirrors, all is protected.
+    Shared(fn(&Lab) -> Result<()>),
+}
+
+use Run::{Alone, Shared};
+
+/// The one that also the quick tests run.
+pub const SMOKE: &str = "survives_crash";
+
+const fn scenario(name: &'static str, seconds: u32, run: Run, proves: &'static str) -> Scenario {
+    Scenario {
+        name,
+        proves,
+        seconds,
+        run,
+    }
+}
+
+/// All of them, in the order they run; those that share machines are neighbours.
+pub const ALL: &[Scenario] = &[
+    scenario(
+        SMOKE,
+        50,
+        Alone(survives_crash::run),
+        "what was written and not flushed is there after a power cut, and is not without twinwrite",
+    ),
+    scenario(
+        "lab_survives",
+        90,
+        Alone(lab_survives::run),
+        "the lab crashes, fences, cuts and ends what it should, and nothing else",
+    ),
+    scenario(
+        "control_loses_unflushed",
+        30,
+        Alone(control_loses_unflushed::run),
+        "without twinwrite a crash loses what was not flushed, and only that",
+    ),
+    scenario(
+        "metrics",
+        30,
+        Shared(steady::metrics),
+        "the endpoint's text is well-formed and its numbers move with the writes",
+    ),
+    scenario(
+        "idle_cost",
+        70,
+        Shared(steady::idle_cost),
+        "an idle agent uses under 1 % of a processor on either node, and wakes up when it must",
+    ),
+    scenario(
+        "loaded_host",
+        75,
+        Shared(steady::loaded_host),
+        "a host that is busy with other things makes nobody take over",
+    ),
+    scenario(
+        "interconnect_cut",
+        50,
+        Shared(interconnect_cut::run),
+        "a cut link exposes the volume and makes nobody take over; mended, it is protected again",
+    ),
+    scenario(
+        "agent_killed_on_owner",
+        70,
+        Alone(agent_killed::on_owner),
+        "the owner's agent may be killed and started again within an epoch without a gap",
+    ),
+    scenario(
+        "agent_killed_on_mirror",
+        70,
+        Alone(agent_killed::on_mirror),
+        "the mirror's agent may be killed and started again without losing the region",
+    ),
+    scenario(
+        "killed_in_replay",
+        70,
+        Alone(killed_in_replay::run),
+        "a replay that was killed in the middle is finished by the next agent, completely",
+    ),
+    scenario(
+        "returning_owner",
+        110,
+        Alone(returning_owner::run),
+        "an owner that returns after it was taken over mounts and replays nothing, and mirrors",
+    ),
+    scenario(
+        "wrong_peer",
+        60,
+        Alone(wrong_peer::run),
+        "a peer of another cluster or name is refused in words on both sides and reaches no region",
+    ),
+    scenario(
+        "bad_input",
+        150,
+        Alone(bad_input::run),
+        "what cannot work is refused in words that name it, with a status, and changes nothing",
+    ),
+];
+
+/// Gives `work` a lab of its own, named after the scenario, and ends it whatever happens; it also
+/// ends with this process.
+///
+/// # Errors
+/// Those of the lab and of `work`.
+pub fn with_lab(name: &str, options: Options, work: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+    let name = format!("test-{}", name.replace('_', "-"));
+    let lab = Lab::up(
+        &name,
+        Options {
+            lifetime: Lifetime::ThisProcess,
+            ..options
+        },
+    )?;
+    let _ending = Ending(&lab);
+    work(&lab)
+        .with_context(|| format!("in lab {name}; its logs: {}", lab.directory().display()))?;
+    lab.down()
+}
+
+/// Ends a lab also if its scenario fails or panics.
+struct Ending<'a>(&'a Lab);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.down() {
+            eprintln!("lab {}: {error:#}", self.0.name());
+        }
+    }
+}
+
+/// How a run of scenarios went.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// How many passed.
+    pub passed: usize,
+    /// Names of those that failed.
+    pub failed: Vec<&'static str>,
+}
+
+impl Outcome {
+    fn judge(&mut self, scenario: &Scenario, work: impl FnOnce() -> Result<()>) {
+        let began = Instant::now();
+        let result = work();
+        let seconds = began.elapsed().as_secs_f32();
+        match result {
+            Ok(()) => {
+                println!("{}: passed, {seconds:.1} s", scenario.name);
+                self.passed += 1;
+            }
+            Err(error) => {
+                println!("{}: FAILED, {seconds:.1} s\n{error:#}", scenario.name);
+                self.failed.push(scenario.name);
+            }
+        }
+    }
+}
+
+/// The scenario of that name.
+///
+/// # Errors
+/// If there is none.
+pub fn find(name: &str) -> Result<&'static Scenario> {
+    ALL.iter()
+        .find(|scenario| scenario.name == name)
+        .with_context(|| format!("no scenario `{name}`: cargo xtask test --list"))
+}
+
+/// Runs all scenarios, or one.
+///
+/// # Errors
+/// None at present: a scenario's failure is part of the outcome.
+pub fn run(only: Option<&str>) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    let mut rest = ALL
+        .iter()
+        .filter(|scenario| only.is_none_or(|name| name == scenario.name))
+        .peekable();
+    while let Some(scenario) = rest.next() {
+        match scenario.run {
+            Alone(work) => outcome.judge(scenario, work),
+            Shared(work) => {
+                // The first one's time holds the boot.
+                let mut next = Some((scenario, work));
+                let booted = with_lab("shared", bench::options(&[], &[]), |lab| {
+                    while let Some((scenario, work)) = next.take() {
+                        outcome.judge(scenario, || {
+                            bench::require_start(lab)?;
+                            work(lab)
+                        });
+                        if outcome.failed.last() == Some(&scenario.name) {
+                            // It may have left anything behind.
+                            break;
+                        }
+                        if let Some(Shared(work)) = rest.peek().map(|scenario| scenario.run) {
+                            next = rest.next().map(|scenario| (scenario, work));
+                        }
+                    }
+                    Ok(())
+                });
+                if let Err(error) = booted {
+                    if let Some((scenario, _)) = next {
+                        outcome.judge(scenario, || Err(error));
+                    } else {
+                        outcome.judge(scenario, || Err(error.context("ending the shared lab")));
+                    }
+                }
+            }
+        }
+    }
+    Ok(outcome)
+}
