@@ -1,0 +1,196 @@
+//! `twinwrite-workload`: runs inside a test machine, writes to the volume and judges the survivor.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use serde_json::json;
+use twinwrite_tests::check::{Expectations, check};
+use twinwrite_tests::stream::write::Options;
+use twinwrite_tests::{settled, sqlite, stream, walk};
+
+/// Workloads that never ask for durability, and the oracle that says what a crash took from them.
+///
+/// Exit status: 0 all is as it should be, 1 a difference was found, 2 it could not be carried out.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Copies a tree onto the volume, changes it in many ways, and writes down what is there
+    Settled {
+        /// The volume's mount point
+        #[arg(long)]
+        root: PathBuf,
+        /// Tree to copy a part of
+        #[arg(long, default_value = "/usr")]
+        source: PathBuf,
+        /// Where to write the manifest (not on the volume)
+        #[arg(long)]
+        manifest: PathBuf,
+        /// Refuse a source with fewer files that fit
+        #[arg(long, default_value_t = settled::FILES_MIN)]
+        files_min: usize,
+    },
+    /// Commits to an SQLite database with synchronous=OFF and a rollback journal
+    Sqlite {
+        /// The volume's mount point
+        #[arg(long)]
+        root: PathBuf,
+        /// Rows to insert (some are changed and deleted on the way)
+        #[arg(long, default_value_t = 2_000)]
+        rows: u64,
+        /// Rows inserted by one transaction
+        #[arg(long, default_value_t = 20)]
+        batch: u64,
+        /// Where to write the manifest (not on the volume)
+        #[arg(long)]
+        manifest: PathBuf,
+    },
+    /// Keeps writing numbered operations until killed, and logs each after it returned
+    Stream(StreamArguments),
+    /// Compares the volume with manifests and a stream's log
+    Check {
+        /// The volume's mount point
+        #[arg(long)]
+        root: PathBuf,
+        /// Manifests of what must be there
+        #[arg(long, num_args = 1..)]
+        manifest: Vec<PathBuf>,
+        /// The stream's log
+        #[arg(long)]
+        stream: Option<PathBuf>,
+        /// Every operation of the stream up to this one must be there
+        #[arg(long, requires = "stream")]
+        expect_last_operation: Option<u64>,
+        /// Where to write the report as JSON (default: standard output)
+        #[arg(long)]
+        report: Option<PathBuf>,
+    },
+    /// Prints a manifest of the whole tree
+    Inventory {
+        /// Top of the tree
+        #[arg(long)]
+        root: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct StreamArguments {
+    /// The volume's mount point
+    #[arg(long)]
+    root: PathBuf,
+    /// Where to write the log (not on the volume)
+    #[arg(long)]
+    log: PathBuf,
+    /// Stop after so many seconds
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Stop after so many operations
+    #[arg(long)]
+    operations: Option<u64>,
+    /// Pace; 0 for as fast as it goes
+    #[arg(long, default_value_t = 500)]
+    operations_per_second: u64,
+    /// Log lines written at once (1 to 16)
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=16))]
+    buffered: u64,
+    /// Decides the sequence of operations
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("twinwrite-workload: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// `false` if a check found a difference.
+fn run(command: Command) -> anyhow::Result<bool> {
+    match command {
+        Command::Settled {
+            root,
+            source,
+            manifest,
+            files_min,
+        } => {
+            let (summary, described) = settled::run(&root, &source, files_min)?;
+            described.save(&manifest)?;
+            let summary = json!({
+                "files_copied": summary.files_copied,
+                "bytes_copied": summary.bytes_copied,
+                "paths": described.entries.len(),
+                "changes": summary.changes,
+            });
+            say(&summary.to_string())?;
+        }
+        Command::Sqlite {
+            root,
+            rows,
+            batch,
+            manifest,
+        } => {
+            let described = sqlite::run(&root, rows, batch)?;
+            described.save(&manifest)?;
+            say(&json!({ "databases": described.databases }).to_string())?;
+        }
+        Command::Stream(arguments) => {
+            let options = Options {
+                seed: arguments.seed,
+                time_limit: arguments.seconds.map(Duration::from_secs),
+                operations_max: arguments.operations,
+                operations_per_second: arguments.operations_per_second,
+                buffered_max: arguments.buffered,
+            };
+            let operations = stream::write::run(&arguments.root, &arguments.log, &options)?;
+            say(&json!({ "operations": operations }).to_string())?;
+        }
+        Command::Check {
+            root,
+            manifest,
+            stream,
+            expect_last_operation,
+            report,
+        } => {
+            anyhow::ensure!(
+                !manifest.is_empty() || stream.is_some(),
+                "nothing to check against: give --manifest or --stream"
+            );
+            let expectations = Expectations {
+                manifests: manifest,
+                stream_log: stream,
+                last_operation: expect_last_operation,
+            };
+            let found = check(&root, &expectations)?;
+            let text = serde_json::to_string_pretty(&found)?;
+            match report {
+                Some(path) => std::fs::write(&path, text + "\n")
+                    .with_context(|| format!("cannot write the report {}", path.display()))?,
+                None => say(&text)?,
+            }
+            return Ok(found.pass);
+        }
+        Command::Inventory { root } => {
+            let manifest = walk::describe(&root, "".as_ref())?;
+            manifest.write(std::io::BufWriter::new(std::io::stdout().lock()))?;
+        }
+    }
+    Ok(true)
+}
+
+fn say(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout().lock(), "{text}").context("cannot write to standard output")
+}
