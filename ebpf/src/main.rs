@@ -1,6 +1,24 @@
+//! The eBPF programs that capture every change to a protected volume.
+//!
+//! One object serves every kernel and file system: offsets and enum values are globals that user
+//! space sets from the running kernel's BTF, and a program whose kernel function is missing is
+//! simply not loaded. Each program filters by the volume's super block first, then by the agent's
+//! thread group, and hands one record to the ring while the inode or directory lock is still held
+//! (where the kernel allows), so that ring order is the order of the operations.
+//!
+//! A program must never change what the kernel does, wait, or lose a change without counting it.
 #![no_std]
 #![no_main]
-//! The eBPF programs that capture every change to a protected volume.
+#![feature(core_intrinsics)]
+#![allow(internal_features)]
+
+mod attributes;
+mod config;
+mod data;
+mod emit;
+mod gaps;
+mod names;
+mod sync;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -1,4 +1,13 @@
 //! The configuration: one TOML file, the same on every node.
+//!
+//! [`Config::load`] reads it and [`Config::validate`] checks it as a whole; every error names the
+//! key and the remedy. Nothing here touches what the file speaks of (devices, mounts, peers), so
+//! that a configuration can be checked on any machine.
+
+mod check;
+mod load;
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,6 +16,8 @@ use bytesize::ByteSize;
 use jiff::SignedDuration;
 use serde::Deserialize;
 
+pub use self::check::{CLUSTER_NAME_BYTES_MAX, NAME_BYTES_MAX, VOLUMES_MAX};
+pub use self::load::ConfigError;
 use crate::ids::NodeId;
 
 /// The whole file.
@@ -21,6 +32,9 @@ pub struct Config {
     /// The protected volumes.
     #[serde(rename = "volume")]
     pub volumes: Vec<Volume>,
+    /// CRC-32C of the file's text, in hex: tells two nodes that they read different files.
+    #[serde(skip)]
+    pub digest: String,
 }
 
 /// Which transport mirrors.

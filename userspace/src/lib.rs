@@ -6,12 +6,15 @@
 //! the region into the volume. Cores (`mirror::core`, `durability::core`, `region::scan`,
 //! `replay::{judge,plan}`, `cluster::core`) know no clock, socket or system call.
 
+pub mod admin;
 pub mod agent;
+pub mod board;
 pub mod capture;
 pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod durability;
+pub mod events;
 pub mod ids;
 pub mod link;
 pub mod metrics;

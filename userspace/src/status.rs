@@ -50,7 +50,7 @@ pub enum PeerState {
 /// One step of a takeover and how long it took.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TakeoverStep {
-    /// `detect`, `fence`, `revoke`, `save`, `mount`, `judge`, `replay`, `serve`.
+    /// `detect`, `claim`, `fence`, `revoke`, `save`, `mount`, `judge`, `replay`, `epoch`, `serve`.
     pub name: String,
     /// Milliseconds it took.
     pub took_ms: u64,

@@ -27,7 +27,8 @@ pub const RING_BUSY_BIT: u32 = 1 << 31;
 /// The kernel's "discarded" bit in `len_word` (`BPF_RINGBUF_DISCARD_BIT`).
 pub const RING_DISCARD_BIT: u32 = 1 << 30;
 /// The largest write whose bytes are copied into the ring; a larger one is a record without bytes.
-pub const INLINE_BYTES_MAX: u32 = 256 * 1024;
+/// With its header it just fills a frame of the region (256 KiB).
+pub const INLINE_BYTES_MAX: u32 = 256 * 1024 - 64;
 /// Longest file name (`NAME_MAX`).
 pub const NAME_BYTES_MAX: usize = 255;
 /// Longest symlink target (`PATH_MAX - 1`).
@@ -126,6 +127,23 @@ pub mod control {
     pub const POS_IS_END: usize = 10;
     /// Agent: 1 while the agent's own operations are to be captured, for calibration.
     pub const CALIBRATING: usize = 11;
+    /// Agent: [`super::ABI_VERSION`] of the pinned set.
+    pub const ABI: usize = 16;
+    /// Agent: names the object the pinned programs came from.
+    pub const OBJECT: usize = 17;
+    /// Agent: `s_dev` the pinned programs capture.
+    pub const DEVICE: usize = 18;
+    /// Agent: [`ATTACHED`] and [`CALIBRATED`] bits; written last, so that a half-made set is not
+    /// taken over.
+    pub const STATE: usize = 19;
+    /// Agent: bit i set = the i-th hook of the loader's table is not attached on this kernel.
+    pub const DISABLED: usize = 20;
+    /// Agent: the file system the pinned programs were calibrated on.
+    pub const FILESYSTEM: usize = 21;
+    /// Bit of [`STATE`]: all programs are attached and pinned.
+    pub const ATTACHED: u64 = 1 << 0;
+    /// Bit of [`STATE`]: the hooks were verified by known operations.
+    pub const CALIBRATED: u64 = 1 << 1;
     /// Programs: how often each [`super::gap`] reason occurred.
     pub const GAPS: usize = 32;
     /// Agent: how many of each reason it has acknowledged; the first one after an acknowledgement

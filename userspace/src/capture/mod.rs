@@ -1,1 +1,201 @@
-//! See the module documentation in `docs/architecture.md`.
+//! Capture: the eBPF programs of a volume, their ring, and what belongs to it.
+//!
+//! [`Capture::attach`] loads the programs (or takes over the pinned ones), [`calibrate`] proves
+//! that every hook tells what it must on this kernel, [`RingConsumer`] reads and releases the
+//! records, [`PageCache`] reads the bytes that eBPF could not copy, [`Continuity`] keeps what the
+//! next agent must know. Nothing outside this module names aya or an offset of the kernel.
+//!
+//! It must never report a volume's changes as captured before they were verified, nor lose a change
+//! without a counter that tells.
+
+mod btf;
+mod calibrate;
+mod continuity;
+mod control;
+mod error;
+pub mod handle;
+mod hooks;
+mod load;
+mod object;
+mod page_cache;
+mod probe;
+mod ring;
+mod sys;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+pub use calibrate::{Calibration, calibrate};
+pub use continuity::Continuity;
+pub use control::{Control, GapCounts};
+pub use error::CaptureError;
+pub use hooks::{HOOKS, Hook, Kind, Need};
+pub use load::DisabledHook;
+pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
+pub use probe::{Feature, features};
+pub use ring::{RingConsumer, Run, Woken};
+
+/// File systems whose hooks are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filesystem {
+    /// ext4.
+    Ext4 = 1,
+    /// XFS.
+    Xfs = 2,
+}
+
+impl Filesystem {
+    /// From its name in the configuration and in the mount table.
+    ///
+    /// # Errors
+    /// [`CaptureError::Options`].
+    pub fn from_name(name: &str) -> Result<Self, CaptureError> {
+        match name {
+            "ext4" => Ok(Self::Ext4),
+            "xfs" => Ok(Self::Xfs),
+            other => Err(CaptureError::Options(format!(
+                "file system {other:?} cannot be protected: use ext4 or xfs"
+            ))),
+        }
+    }
+}
+
+/// What to capture.
+#[derive(Clone, Debug)]
+pub struct CaptureOptions {
+    /// Name of the volume; names the pins.
+    pub volume_name: String,
+    /// The kernel's device number of the file system: `major << 20 | minor`, see [`kernel_device`].
+    pub device: u32,
+    /// Bytes of the ring: a power of two, at least 1 MiB.
+    pub ring_bytes: u32,
+    /// The file system's type.
+    pub filesystem: Filesystem,
+}
+
+/// The kernel's device number (`s_dev`) of the file system mounted at `mount_point`.
+///
+/// # Errors
+/// [`CaptureError::System`].
+pub fn kernel_device(mount_point: &Path) -> Result<u32, CaptureError> {
+    use std::os::unix::fs::MetadataExt as _;
+    let metadata = std::fs::metadata(mount_point).map_err(|source| {
+        CaptureError::system(format!("looking at {}", mount_point.display()), source)
+    })?;
+    Ok(to_kernel_device(metadata.dev()))
+}
+
+/// A device number as user space has it, in the kernel's form (`major << 20 | minor`).
+#[must_use]
+pub fn to_kernel_device(device: u64) -> u32 {
+    (libc::major(device) << 20) | (libc::minor(device) & 0xf_ffff)
+}
+
+/// The programs of one volume, attached and pinned.
+pub struct Capture {
+    options: CaptureOptions,
+    ring: OwnedFd,
+    control: Control,
+    programs: Vec<OwnedFd>,
+    disabled: Vec<DisabledHook>,
+    resumed: bool,
+}
+
+impl Capture {
+    /// Attaches to a volume: takes over the pinned programs if they are whole, calibrated and of
+    /// this very object, else loads them anew.
+    ///
+    /// # Errors
+    /// [`CaptureError`] naming the hook or file that failed; then nothing is left behind.
+    pub fn attach(options: &CaptureOptions) -> Result<Self, CaptureError> {
+        if !options.ring_bytes.is_power_of_two() || options.ring_bytes < 1 << 20 {
+            return Err(CaptureError::Options(format!(
+                "ring_bytes is {}: it must be a power of two of at least 1 MiB",
+                options.ring_bytes
+            )));
+        }
+        if options.volume_name.is_empty() {
+            return Err(CaptureError::Options(
+                "a volume must have a name".to_owned(),
+            ));
+        }
+        let attached = load::attach(options)?;
+        let capture = Self {
+            options: options.clone(),
+            ring: attached.ring,
+            control: attached.control,
+            programs: attached.programs,
+            disabled: attached.disabled,
+            resumed: attached.resumed,
+        };
+        let tgid = u64::from(std::process::id());
+        capture.control.set(twinwrite_abi::control::CALIBRATING, 0);
+        capture
+            .control
+            .set(twinwrite_abi::control::AGENT_TGID, tgid);
+        Ok(capture)
+    }
+
+    /// Removes the programs and pins of a volume.
+    ///
+    /// # Errors
+    /// [`CaptureError::Pin`].
+    pub fn detach(volume_name: &str) -> Result<(), CaptureError> {
+        load::detach(volume_name)
+    }
+
+    /// Whether the programs ran already: nothing was missed since the agent before. Then they are
+    /// calibrated, too.
+    #[must_use]
+    pub fn resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// The hooks this kernel does not offer. One with [`Need::Notices`] means that such changes are
+    /// not even noticed.
+    #[must_use]
+    pub fn disabled(&self) -> &[DisabledHook] {
+        &self.disabled
+    }
+
+    /// What is captured.
+    #[must_use]
+    pub fn options(&self) -> &CaptureOptions {
+        &self.options
+    }
+
+    /// The control words.
+    #[must_use]
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Opens the ring where the consumer before left it. One consumer at a time.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`].
+    pub fn consumer(&self) -> Result<RingConsumer, CaptureError> {
+        RingConsumer::open(
+            self.ring.as_fd(),
+            self.options.ring_bytes,
+            self.control.clone(),
+        )
+    }
+
+    /// Events that programs missed because they were preempted in the middle of another: each is a
+    /// change that nobody captured.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`].
+    pub fn recursion_misses(&self) -> Result<u64, CaptureError> {
+        self.programs.iter().try_fold(0, |sum, program| {
+            let misses = sys::recursion_misses(program.as_fd());
+            misses
+                .map(|misses| sum + misses)
+                .map_err(|source| CaptureError::system("reading a program's counters", source))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,19 @@
-//! See the module documentation in `docs/architecture.md`.
+//! Who owns which volume, who is alive, and what happens when a node dies.
+//!
+//! Cores, which know no clock, socket or system call: `claim` (what a node says of a volume),
+//! `liveness` (is the peer dead), `ownership` (what this node is to a volume at start), `takeover`
+//! (the steps in their order). Drivers beside them: `mailbox` (the shared device), `table` (the
+//! local disk), `control` (the connection between the agents), `command` and `fence`
+//! (administrator's commands), `mounts`. Nothing here may mount, replay or serve a volume whose
+//! other node may still write to it.
+
+pub mod claim;
+pub mod command;
+pub mod control;
+pub mod fence;
+pub mod liveness;
+pub mod mailbox;
+pub mod mounts;
+pub mod ownership;
+pub mod table;
+pub mod takeover;

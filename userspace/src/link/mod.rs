@@ -5,10 +5,23 @@
 //! acknowledges). A completed post means that the peer's memory holds the bytes, and all of every
 //! post before it. Nothing here knows what the bytes are.
 
+use std::fs::File;
+use std::io::Read;
+use std::net::IpAddr;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::config::TransportKind;
 use crate::ids::RingPos;
+
+pub mod contract;
+pub mod rdma;
+pub mod tcp;
+
+pub use rdma::memory::{MemoryError, RingSource, SharedMemory};
+pub use rdma::wait_readable;
 
 /// Names one post; the caller's choice, handed back at completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,7 +81,9 @@ pub enum LinkError {
     #[error("the link to the peer broke: {0}")]
     Broken(String),
     /// The peer's endpoint is not one this transport can talk to.
-    #[error("the peer offers {offered}, this node is configured for {wanted}: set the same `transport` on both")]
+    #[error(
+        "the peer offers {offered}, this node is configured for {wanted}: set the same `transport` on both"
+    )]
     Mismatch {
         /// What the peer offers.
         offered: String,
@@ -128,7 +143,7 @@ pub trait Link: Send {
     fn poll(&mut self, completed: &mut Vec<PostId>) -> Result<(), LinkError>;
     /// A descriptor that becomes readable when a completion may be there, so that a caller can sleep
     /// (`None`: the caller must poll). Arm it with [`Link::arm`] before sleeping, then poll once more.
-    fn event_fd(&self) -> Option<std::os::fd::RawFd>;
+    fn event_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>>;
     /// Asks for one event on [`Link::event_fd`] at the next completion.
     ///
     /// # Errors
@@ -163,4 +178,85 @@ pub trait Exposed: Send {
     /// # Errors
     /// What failed; the memory must then be treated as still writable.
     fn revoke(self: Box<Self>) -> Result<(), LinkError>;
+}
+
+/// Makes both sides of links. A link that broke is replaced by a new pair of sides.
+pub trait Transport: Send + Sync {
+    /// Which one it is.
+    fn kind(&self) -> TransportKind;
+    /// A writing side; `source` is the ring that [`Body::Ring`] speaks of.
+    ///
+    /// # Errors
+    /// What the system refused.
+    fn outgoing(&self, source: Option<RingSource>) -> Result<Box<dyn Outgoing>, LinkError>;
+    /// Opens memory to one writer, who is let in by [`Exposed::accept`].
+    ///
+    /// # Errors
+    /// What the system refused.
+    fn expose(&self, memory: Arc<SharedMemory>) -> Result<Box<dyn Exposed>, LinkError>;
+}
+
+/// Opens the configured transport. `local` is this node's own address: TCP listens on it.
+///
+/// # Errors
+/// [`LinkError::NoDevice`] with the remedy.
+pub fn open_transport(
+    kind: TransportKind,
+    device: Option<&str>,
+    local: IpAddr,
+) -> Result<Arc<dyn Transport>, LinkError> {
+    Ok(match kind {
+        TransportKind::Rdma => Arc::new(rdma::RdmaTransport::new(device)?),
+        TransportKind::Tcp => Arc::new(tcp::TcpTransport::new(local)),
+    })
+}
+
+/// The rules for a post, the same on every transport.
+fn check_post(post: &Post<'_>, room: usize, memory_bytes: u64) -> Result<(), LinkError> {
+    let body = match post.body {
+        Body::None => 0,
+        Body::Ring { len, .. } => len as usize,
+        Body::Bytes(bytes) => bytes.len(),
+    };
+    let total = post.head.len().saturating_add(body);
+    let end = post.offset.checked_add(total as u64);
+    let why = if room == 0 {
+        format!("{WINDOW_POSTS} posts are in flight already")
+    } else if post.head.len() > HEAD_BYTES_MAX {
+        format!(
+            "a head of {} bytes is over {HEAD_BYTES_MAX}",
+            post.head.len()
+        )
+    } else if total == 0 || total > POST_BYTES_MAX {
+        format!("{total} bytes are not between 1 and {POST_BYTES_MAX}")
+    } else if end.is_none_or(|end| end > memory_bytes) {
+        let offset = post.offset;
+        format!("{total} bytes at {offset} are outside the peer's memory of {memory_bytes} bytes")
+    } else {
+        return Ok(());
+    };
+    Err(LinkError::Refused(why))
+}
+
+fn random_bytes<const N: usize>() -> Result<[u8; N], LinkError> {
+    let mut bytes = [0; N];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    match read {
+        Ok(()) => Ok(bytes),
+        Err(source) => Err(LinkError::System {
+            what: "cannot read /dev/urandom".into(),
+            source,
+        }),
+    }
+}
+
+fn encode_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn decode_hex(text: &str) -> Option<[u8; 16]> {
+    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes)
 }

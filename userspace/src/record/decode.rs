@@ -58,19 +58,30 @@ impl<'a> RecordView<'a> {
     pub fn parse(run: &'a [u8], at: usize) -> Result<Self, RecordError> {
         let field = |field, value| RecordError::Field { at, field, value };
         let Ok((header, _)) = RecordHeader::read_from_prefix(run) else {
-            return Err(RecordError::Short { at, need: 64, have: run.len() });
+            return Err(RecordError::Short {
+                at,
+                need: 64,
+                have: run.len(),
+            });
         };
         if header.len_word & (RING_BUSY_BIT | RING_DISCARD_BIT) != 0 {
             return Err(field("len_word", header.len_word.into()));
         }
         let span = span_bytes(header.len_word);
-        if span % RECORD_ALIGN as usize != 0 || span < size_of::<RecordHeader>() {
+        if !span.is_multiple_of(RECORD_ALIGN as usize) || span < size_of::<RecordHeader>() {
             return Err(field("len_word", header.len_word.into()));
         }
         if span > run.len() {
-            return Err(RecordError::Short { at, need: span, have: run.len() });
+            return Err(RecordError::Short {
+                at,
+                need: span,
+                have: run.len(),
+            });
         }
-        let view = Self { header, body: &run[size_of::<RecordHeader>()..span] };
+        let view = Self {
+            header,
+            body: &run[size_of::<RecordHeader>()..span],
+        };
         view.check(at)?;
         Ok(view)
     }
@@ -84,15 +95,27 @@ impl<'a> RecordView<'a> {
                 if h.flags & flag::NO_BYTES == 0 {
                     need = h.data_len as usize;
                 }
-                if h.pos.checked_add(h.data_len.into()).is_none_or(|end| end > i64::MAX as u64) {
+                if h.pos
+                    .checked_add(h.data_len.into())
+                    .is_none_or(|end| end > i64::MAX as u64)
+                {
                     return field("pos", h.pos);
                 }
             }
-            op::CREATE | op::LINK | op::UNLINK | op::RENAME | op::EXCHANGE | op::TMPFILE
+            op::CREATE
+            | op::LINK
+            | op::UNLINK
+            | op::RENAME
+            | op::EXCHANGE
+            | op::TMPFILE
             | op::SYMLINK => {
                 need = size_of::<NameBody>();
                 if self.body.len() < need {
-                    return Err(RecordError::Short { at, need: 64 + need, have: 64 + self.body.len() });
+                    return Err(RecordError::Short {
+                        at,
+                        need: 64 + need,
+                        have: 64 + self.body.len(),
+                    });
                 }
                 let name2_len = self.names().name2_len as usize;
                 if h.name_len as usize > NAME_BYTES_MAX {
@@ -114,9 +137,16 @@ impl<'a> RecordView<'a> {
             other => return field("op", other.into()),
         }
         if need > self.body.len() {
-            return Err(RecordError::Short { at, need: 64 + need, have: 64 + self.body.len() });
+            return Err(RecordError::Short {
+                at,
+                need: 64 + need,
+                have: 64 + self.body.len(),
+            });
         }
-        if matches!(h.op, op::CREATE | op::LINK | op::UNLINK | op::RENAME | op::EXCHANGE | op::SYMLINK) {
+        if matches!(
+            h.op,
+            op::CREATE | op::LINK | op::UNLINK | op::RENAME | op::EXCHANGE | op::SYMLINK
+        ) {
             let two = matches!(h.op, op::RENAME | op::EXCHANGE);
             let bad = |n: &[u8]| {
                 n.is_empty() || n == b"." || n == b".." || n.contains(&b'/') || n.contains(&0)
@@ -137,7 +167,10 @@ impl<'a> RecordView<'a> {
     /// The inode the record is about.
     #[must_use]
     pub fn identity(&self) -> Identity {
-        Identity { ino: self.header.ino, generation: self.header.generation }
+        Identity {
+            ino: self.header.ino,
+            generation: self.header.generation,
+        }
     }
 
     /// Whether the bytes must come from a FILL frame.
@@ -171,26 +204,37 @@ impl<'a> RecordView<'a> {
     /// The (old) parent directory of a name operation.
     #[must_use]
     pub fn parent(&self) -> Identity {
-        Identity { ino: self.header.pos, generation: self.header.arg as u32 }
+        Identity {
+            ino: self.header.pos,
+            generation: self.header.arg as u32,
+        }
     }
 
     /// The new parent directory of a RENAME or EXCHANGE.
     #[must_use]
     pub fn new_parent(&self) -> Identity {
         let n = self.names();
-        Identity { ino: n.new_parent_ino, generation: n.new_parent_generation }
+        Identity {
+            ino: n.new_parent_ino,
+            generation: n.new_parent_generation,
+        }
     }
 
     /// The inode a RENAME replaced or an EXCHANGE swapped with.
     #[must_use]
     pub fn victim(&self) -> Option<Identity> {
         let n = self.names();
-        (n.victim_ino != 0)
-            .then_some(Identity { ino: n.victim_ino, generation: n.victim_generation })
+        (n.victim_ino != 0).then_some(Identity {
+            ino: n.victim_ino,
+            generation: n.victim_generation,
+        })
     }
 
     fn after_names(&self, skip: usize, len: usize) -> &'a [u8] {
-        self.body.get(size_of::<NameBody>() + skip..).and_then(|b| b.get(..len)).unwrap_or(&[])
+        self.body
+            .get(size_of::<NameBody>() + skip..)
+            .and_then(|b| b.get(..len))
+            .unwrap_or(&[])
     }
 
     /// The first name of a name operation.

@@ -7,8 +7,10 @@
 
 mod decode;
 pub mod encode;
+mod meta;
 #[cfg(test)]
 mod tests;
 
 pub use decode::{RecordError, RecordView, Records, span_bytes};
+pub use meta::RecordMeta;
 pub use twinwrite_abi::{AttrBody, NameBody, RecordHeader, flag, gap, op};

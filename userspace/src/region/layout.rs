@@ -16,6 +16,9 @@
 //! after the header's `body_crc32c`. Frames are chained by `previous_crc32c`: the header checksum
 //! of the frame before, so that remains of an earlier lap are never taken for the log's end.
 
+#[cfg(test)]
+mod tests;
+
 use twinwrite_abi::RECORD_ALIGN;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -146,8 +149,11 @@ pub struct HeadSlot {
     pub lsn: u64,
     /// `first_seq` of that frame.
     pub seq: u64,
+    /// Ring position of the first record from there on, so that a sender can go on after a purge
+    /// that left no RUN in the log.
+    pub ring_pos: u64,
     /// Zero.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
     /// Zero.
     pub reserved2: u32,
     /// CRC-32C of everything before this field.

@@ -1,0 +1,52 @@
+//! What user space sets before it loads the programs: the volume, and the running kernel's
+//! structure offsets and enum values (`capture::btf` in user space).
+//!
+//! The globals lie in `.rodata`, which the loader freezes: the verifier takes them as constants,
+//! removes the branches of members this kernel does not have, and keeps the type of a pointer that
+//! is loaded through one. Nothing here may change while the programs run.
+
+use aya_ebpf::Global;
+
+/// Value of an offset whose member the running kernel does not have.
+pub const ABSENT: u64 = u64::MAX;
+
+macro_rules! globals {
+    ($($(#[$m:meta])* $name:ident),* $(,)?) => { $(
+        $(#[$m])*
+        #[unsafe(no_mangle)]
+        pub static $name: Global<u64> = Global::new(ABSENT);
+    )* };
+}
+
+globals! {
+    /// `s_dev` of the protected volume.
+    TARGET_DEV,
+    KIOCB_FILP, KIOCB_POS,
+    FILE_INODE,
+    INODE_SB, INODE_INO, INODE_GENERATION, INODE_MODE, INODE_SIZE, INODE_UID, INODE_GID,
+    INODE_RDEV, INODE_NLINK, INODE_STATE,
+    /// Absent on kernels without ACLs.
+    INODE_DEFAULT_ACL,
+    INODE_MTIME_SEC, INODE_MTIME_NSEC, INODE_ATIME_SEC, INODE_ATIME_NSEC,
+    /// Value of `I_LINKABLE` in `i_state`.
+    I_LINKABLE,
+    SB_DEV,
+    DENTRY_PARENT, DENTRY_INODE, DENTRY_NAME, DENTRY_NAME_LEN,
+    ITER_TYPE, ITER_OFFSET, ITER_IOV, ITER_UBUF_ADDRESS,
+    /// Enum values of `enum iter_type`.
+    ITER_UBUF, ITER_IOVEC,
+    IATTR_VALID,
+    RENAME_OLD_DENTRY, RENAME_FLAGS,
+    FAULT_VMA, VMA_FILE,
+    DIO_IOCB, DIO_FLAGS,
+}
+
+/// Reads a member through a pointer whose type the verifier knows: a plain load.
+///
+/// # Safety
+/// `base` must come from the hook's arguments or from such a load, and `offset` be a member of `T`.
+#[inline(always)]
+pub unsafe fn member<T: Copy>(base: *const u8, offset: &Global<u64>) -> T {
+    // SAFETY: the caller's; a fault in such a load reads as zero.
+    unsafe { core::ptr::read_volatile(base.wrapping_add(offset.load() as usize).cast()) }
+}

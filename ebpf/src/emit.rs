@@ -1,0 +1,247 @@
+//! Handing records to the ring: the filter, the reservation, the submit, the counters.
+//!
+//! A record is reserved as `round_up(64 + n, 64) - 8` bytes, so that the kernel's ring header and
+//! ours make one line. Whatever cannot be handed over is counted here: never dropped in silence.
+
+use core::ffi::c_void;
+
+use aya_ebpf::bindings::bpf_dynptr;
+use aya_ebpf::helpers::generated::*;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, RingBuf};
+use twinwrite_abi::{
+    CONTROL_SLOTS, RECORD_ALIGN, RING_HEADER_BYTES, RecordHeader, control, gap, op,
+};
+
+use crate::config::*;
+
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+const BPF_RB_NO_WAKEUP: u64 = 1;
+const BPF_RB_FORCE_WAKEUP: u64 = 2;
+
+/// The capture ring; user space sets its size at load.
+#[map]
+static RING: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+/// The control words, see `twinwrite_abi::control`.
+#[map]
+static CONTROL: Array<[u64; CONTROL_SLOTS]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// [`RecordHeader`] without the kernel's eight bytes: what a program writes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Head {
+    pub op: u8,
+    pub flags: u8,
+    pub name_len: u16,
+    pub data_len: u32,
+    pub ino: u64,
+    pub generation: u32,
+    pub mode: u32,
+    pub pos: u64,
+    pub size_after: u64,
+    pub time_ns: i64,
+    pub arg: u64,
+}
+
+/// Bytes of [`Head`].
+pub const HEAD_BYTES: u32 = 56;
+
+const _: () = assert!(size_of::<Head>() == HEAD_BYTES as usize);
+const _: () = assert!(core::mem::offset_of!(RecordHeader, op) == 8);
+const _: () =
+    assert!(core::mem::offset_of!(RecordHeader, arg) == core::mem::offset_of!(Head, arg) + 8);
+
+/// The control words, reached through the map's one element.
+#[derive(Clone, Copy)]
+pub struct Control(*mut u64);
+
+impl Control {
+    /// The words; `None` never happens, but the verifier wants the question.
+    #[inline(always)]
+    pub fn get() -> Option<Self> {
+        CONTROL.get_ptr_mut(0).map(|p| Self(p.cast()))
+    }
+
+    /// Reads a word that user space may change at any time.
+    #[inline(always)]
+    pub fn read(self, slot: usize) -> u64 {
+        // SAFETY: every caller passes a constant below CONTROL_SLOTS.
+        unsafe { core::ptr::read_volatile(self.0.wrapping_add(slot)) }
+    }
+
+    /// Adds one and returns the value before; a full memory barrier.
+    #[inline(always)]
+    pub fn increment(self, slot: usize) -> u64 {
+        // SAFETY: as in `read`; the target has no `AtomicU64::fetch_add`.
+        unsafe {
+            core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
+                self.0.wrapping_add(slot),
+                1,
+            )
+        }
+    }
+
+    /// How to submit a record: counts it, and only then looks whether the consumer sleeps. The
+    /// consumer sets `ASLEEP` and only then looks for records, so one of the two sees the other.
+    #[inline(always)]
+    pub fn submit_flags(self) -> u64 {
+        // The value is used so that the instruction is the fetching one, which is the barrier.
+        let before = core::hint::black_box(self.increment(control::RECORDS));
+        if self.read(control::ASLEEP) != 0 || before == u64::MAX {
+            BPF_RB_FORCE_WAKEUP
+        } else {
+            BPF_RB_NO_WAKEUP
+        }
+    }
+}
+
+/// Whether this inode is the volume's and the change is not the agent's own; the control words.
+#[inline(always)]
+pub fn wanted(inode: *const u8) -> Option<Control> {
+    // SAFETY: callers pass an inode from the hook's arguments; a null pointer reads as device 0.
+    let device: u32 = unsafe {
+        let sb: *const u8 = member(inode, &INODE_SB);
+        member(sb, &SB_DEV)
+    };
+    if u64::from(device) != TARGET_DEV.load() {
+        return None;
+    }
+    let control = Control::get()?;
+    // SAFETY: the helper has no precondition.
+    let tgid = unsafe { bpf_get_current_pid_tgid() } >> 32;
+    if tgid == control.read(control::AGENT_TGID) && control.read(control::CALIBRATING) == 0 {
+        return None;
+    }
+    Some(control)
+}
+
+/// Reads `sec` and `nsec` members into nanoseconds.
+///
+/// # Safety
+/// As [`member`].
+#[inline(always)]
+pub unsafe fn time_ns(
+    inode: *const u8,
+    sec: &aya_ebpf::Global<u64>,
+    nsec: &aya_ebpf::Global<u64>,
+) -> i64 {
+    // SAFETY: the caller's.
+    unsafe { member::<i64>(inode, sec) * 1_000_000_000 + i64::from(member::<u32>(inode, nsec)) }
+}
+
+/// A header with what every record tells about its inode.
+///
+/// # Safety
+/// `inode` as in [`member`].
+#[inline(always)]
+pub unsafe fn head_of(op: u8, inode: *const u8) -> Head {
+    // SAFETY: the caller's.
+    unsafe {
+        Head {
+            op,
+            flags: 0,
+            name_len: 0,
+            data_len: 0,
+            ino: member(inode, &INODE_INO),
+            generation: member(inode, &INODE_GENERATION),
+            mode: u32::from(member::<u16>(inode, &INODE_MODE)),
+            pos: 0,
+            size_after: member(inode, &INODE_SIZE),
+            time_ns: time_ns(inode, &INODE_MTIME_SEC, &INODE_MTIME_NSEC),
+            arg: 0,
+        }
+    }
+}
+
+#[inline(always)]
+fn ring() -> *mut c_void {
+    (&raw const RING).cast_mut().cast()
+}
+
+/// The ring's producer position.
+#[inline(always)]
+pub fn producer_position() -> u64 {
+    const BPF_RB_PROD_POS: u64 = 3;
+    // SAFETY: the map is a ring buffer.
+    unsafe { bpf_ringbuf_query(ring(), BPF_RB_PROD_POS) }
+}
+
+/// Counts an event that found no room.
+#[inline(always)]
+pub fn dropped(control: Control) {
+    control.increment(control::DROPS);
+    control.increment(control::GAPS + gap::RING_FULL);
+}
+
+/// Reserves a record of a size known only now: `body` bytes behind the header.
+/// On `false` the event is counted and `dynptr` released.
+#[inline(always)]
+pub fn reserve_dynptr(control: Control, dynptr: *mut bpf_dynptr, body: u64) -> bool {
+    let align = u64::from(RECORD_ALIGN);
+    let bytes = ((64 + body + align - 1) & !(align - 1)) - u64::from(RING_HEADER_BYTES);
+    // SAFETY: `dynptr` is on the caller's stack and not in use.
+    if unsafe { bpf_ringbuf_reserve_dynptr(ring(), bytes as u32, 0, dynptr.cast()) } != 0 {
+        // SAFETY: the verifier wants a failed reservation released as well.
+        unsafe { bpf_ringbuf_discard_dynptr(dynptr.cast(), 0) };
+        dropped(control);
+        return false;
+    }
+    true
+}
+
+/// Submits what [`reserve_dynptr`] reserved.
+#[inline(always)]
+pub fn submit_dynptr(control: Control, dynptr: *mut bpf_dynptr) {
+    let flags = control.submit_flags();
+    // SAFETY: `dynptr` holds a reservation.
+    unsafe { bpf_ringbuf_submit_dynptr(dynptr.cast(), flags) };
+}
+
+/// Reserves a record of constant size; `T` starts with a [`Head`] and its size is a multiple of
+/// 64, less the kernel's eight bytes. On `None` the event is counted.
+#[inline(always)]
+pub fn reserve<T>(control: Control) -> Option<*mut T> {
+    const {
+        assert!((size_of::<T>() + RING_HEADER_BYTES as usize) % RECORD_ALIGN as usize == 0);
+    }
+    // SAFETY: the map is a ring buffer, the size a constant.
+    let place = unsafe { bpf_ringbuf_reserve(ring(), size_of::<T>() as u64, 0) }.cast::<T>();
+    if place.is_null() {
+        dropped(control);
+        return None;
+    }
+    Some(place)
+}
+
+/// Submits what [`reserve`] reserved.
+#[inline(always)]
+pub fn submit<T>(control: Control, place: *mut T) {
+    let flags = control.submit_flags();
+    // SAFETY: `place` is a reservation.
+    unsafe { bpf_ringbuf_submit(place.cast(), flags) };
+}
+
+/// Reserves, fills and submits a record of constant size, see [`reserve`].
+#[inline(always)]
+pub fn emit<T: Copy>(control: Control, record: T) {
+    let Some(place) = reserve::<T>(control) else {
+        return;
+    };
+    // SAFETY: the reservation has room for one `T` and is 8-byte aligned.
+    unsafe { place.write(record) };
+    submit(control, place);
+}
+
+/// Notes a change that is not captured: counts it, and writes a GAP record if it is the first of
+/// its reason since the agent acknowledged the ones before.
+#[inline(always)]
+pub fn note_gap(control: Control, reason: usize, inode: *const u8) {
+    let before = control.increment(control::GAPS + reason);
+    if before != control.read(control::GAPS_SEEN + reason) {
+        return;
+    }
+    // SAFETY: callers pass the inode that `wanted` accepted.
+    let mut head = unsafe { head_of(op::GAP, inode) };
+    head.arg = reason as u64;
+    emit(control, head);
+}

@@ -1,0 +1,210 @@
+//! Durability marks: the successful exits of fsync, fdatasync, msync, O_SYNC and O_DSYNC writes.
+//!
+//! A mark proves only what was captured before the call began: the ring's position at its entry is
+//! kept by thread and travels in the record. All roads lead through `vfs_fsync_range` in the source
+//! code, but compilers inline it into its callers in the same file, and which ones differs between
+//! kernels (6.1: fdatasync and vfs_fsync; 6.12: vfs_fsync). So the callers are hooked as well; the
+//! innermost hook that fires takes the call over from those around it, so that each gives one mark.
+//!
+//! An exit without a known entry gives no mark; one call must never give a mark for another file.
+
+use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
+use aya_ebpf::macros::{fentry, fexit, map};
+use aya_ebpf::maps::LruHashMap;
+use aya_ebpf::programs::{FEntryContext, FExitContext};
+use twinwrite_abi::{flag, op};
+
+use crate::config::*;
+use crate::emit::*;
+
+/// Which hook answers for the call a thread is in.
+mod road {
+    /// The system call: its file is not known yet.
+    pub const SYSTEM_CALL: u64 = 1;
+    /// The system call, and the file it syncs has been seen.
+    pub const SYSTEM_CALL_WITH_FILE: u64 = 2;
+    /// `vfs_fsync`.
+    pub const WHOLE_FILE: u64 = 3;
+    /// `vfs_fsync_range`.
+    pub const RANGE: u64 = 4;
+}
+
+/// The fsync-class call a thread is in.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Call {
+    /// One of [`road`].
+    road: u64,
+    /// The ring's position at its entry.
+    position: u64,
+    /// The mark, but for what is known at exit only.
+    head: Head,
+}
+
+/// Losing an entry costs one mark.
+#[map]
+static CALLS: LruHashMap<u64, Call> = LruHashMap::with_max_entries(16384, 0);
+
+#[inline(always)]
+fn thread() -> u64 {
+    // SAFETY: the helper has no precondition.
+    unsafe { bpf_get_current_pid_tgid() }
+}
+
+#[inline(always)]
+fn enter(road: u64) {
+    // SAFETY: all members are integers.
+    let mut call: Call = unsafe { core::mem::zeroed() };
+    call.road = road;
+    call.position = producer_position();
+    let _ = CALLS.insert(&thread(), &call, 0);
+}
+
+#[inline(always)]
+fn enter_file(ctx: &FEntryContext, road: u64) {
+    // SAFETY: the arguments of the hooked function.
+    if wanted(unsafe { member(ctx.arg(0), &FILE_INODE) }).is_some() {
+        enter(road);
+    }
+}
+
+/// Ends the thread's call if this hook answers for it; the ring's position at its entry.
+#[inline(always)]
+fn leave(ctx: &FExitContext, road: u64) -> Option<Call> {
+    let thread = thread();
+    // SAFETY: only this thread writes its entry.
+    let call = *unsafe { CALLS.get(&thread) }?;
+    if call.road != road {
+        return None;
+    }
+    let _ = CALLS.remove(&thread);
+    (ctx.ret::<i32>().ok()? == 0).then_some(call)
+}
+
+/// # Safety
+/// `inode` as in [`member`].
+#[inline(always)]
+unsafe fn mark_of(inode: *const u8, datasync: bool) -> Head {
+    // SAFETY: the caller's.
+    let (mut head, nlink) = unsafe {
+        (
+            head_of(op::FSYNC, inode),
+            member::<u32>(inode, &INODE_NLINK),
+        )
+    };
+    head.pos = 0;
+    head.size_after = i64::MAX as u64;
+    if datasync {
+        head.flags |= flag::DATASYNC;
+    }
+    if nlink == 0 {
+        head.flags |= flag::UNLINKED;
+    }
+    head
+}
+
+#[inline(always)]
+fn leave_file(ctx: &FExitContext, road: u64) -> Option<()> {
+    // SAFETY: the arguments of the hooked function.
+    let inode: *const u8 = unsafe { member(ctx.arg(0), &FILE_INODE) };
+    let control = wanted(inode)?;
+    let call = leave(ctx, road)?;
+    let range = road == road::RANGE;
+    let datasync: i32 = ctx.arg(if range { 3 } else { 1 });
+    // SAFETY: as above.
+    let mut head = unsafe { mark_of(inode, datasync != 0) };
+    if range {
+        head.pos = ctx.arg(1);
+        head.size_after = ctx.arg(2);
+    }
+    head.arg = call.position;
+    emit(control, head);
+    Some(())
+}
+
+/// The innermost call where it is not inlined.
+#[fentry(function = "vfs_fsync_range")]
+pub fn sync_range_enter(ctx: FEntryContext) -> i32 {
+    enter_file(&ctx, road::RANGE);
+    0
+}
+
+/// Its end.
+#[fexit(function = "vfs_fsync_range")]
+pub fn sync_range_exit(ctx: FExitContext) -> i32 {
+    leave_file(&ctx, road::RANGE);
+    0
+}
+
+/// Asynchronous I/O and others.
+#[fentry(function = "vfs_fsync")]
+pub fn sync_whole_enter(ctx: FEntryContext) -> i32 {
+    enter_file(&ctx, road::WHOLE_FILE);
+    0
+}
+
+/// Its end.
+#[fexit(function = "vfs_fsync")]
+pub fn sync_whole_exit(ctx: FExitContext) -> i32 {
+    leave_file(&ctx, road::WHOLE_FILE);
+    0
+}
+
+/// The file systems call this in every fsync: it tells which file the system call syncs. (Looking
+/// the descriptor up again could find another file by now.)
+#[fexit(function = "file_write_and_wait_range")]
+pub fn sync_file(ctx: FExitContext) -> i32 {
+    let thread = thread();
+    // SAFETY: only this thread writes its entry.
+    let Some(call) = CALLS.get_ptr_mut(&thread) else {
+        return 0;
+    };
+    // SAFETY: as above; the arguments of the hooked function.
+    unsafe {
+        let inode: *const u8 = member(ctx.arg(0), &FILE_INODE);
+        if (*call).road == road::SYSTEM_CALL && wanted(inode).is_some() {
+            (*call).head = mark_of(inode, false);
+            (*call).road = road::SYSTEM_CALL_WITH_FILE;
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn leave_system_call(ctx: &FExitContext, flags: u8) -> Option<()> {
+    let Some(call) = leave(ctx, road::SYSTEM_CALL_WITH_FILE) else {
+        // One that synced no file of the volume.
+        let _ = leave(ctx, road::SYSTEM_CALL);
+        return None;
+    };
+    let mut head = call.head;
+    head.flags |= flags;
+    head.arg = call.position;
+    emit(Control::get()?, head);
+    Some(())
+}
+
+macro_rules! system_calls {
+    ($($function:literal $flags:expr, $enter:ident $exit:ident);* $(;)?) => { $(
+        /// A system call that may have the rest inlined.
+        #[fentry(function = $function)]
+        pub fn $enter(_: FEntryContext) -> i32 {
+            enter(road::SYSTEM_CALL);
+            0
+        }
+
+        /// Its end.
+        #[fexit(function = $function)]
+        pub fn $exit(ctx: FExitContext) -> i32 {
+            leave_system_call(&ctx, $flags);
+            0
+        }
+    )* };
+}
+
+system_calls! {
+    "__x64_sys_fsync" 0, sync_fsync_enter sync_fsync_exit;
+    "__x64_sys_fdatasync" flag::DATASYNC, sync_fdatasync_enter sync_fdatasync_exit;
+    "__ia32_sys_fsync" 0, sync_fsync32_enter sync_fsync32_exit;
+    "__ia32_sys_fdatasync" flag::DATASYNC, sync_fdatasync32_enter sync_fdatasync32_exit;
+}

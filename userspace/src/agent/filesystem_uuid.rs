@@ -1,0 +1,74 @@
+//! The UUID of a file system, from its super block.
+//!
+//! Read with direct I/O, so that no buffered copy of the device stays behind on a node that does
+//! not have it mounted.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, ensure};
+use procfs::process::Process;
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, makedev, statx};
+use zerocopy::{FromZeros, IntoBytes, KnownLayout};
+
+#[derive(zerocopy::FromBytes, IntoBytes, KnownLayout, zerocopy::Immutable)]
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+/// ext4: `s_uuid` of `struct ext4_super_block`, which begins at byte 1024.
+const EXT4_UUID_AT: usize = 1024 + 0x68;
+/// xfs: `sb_uuid` of `struct xfs_dsb`, which begins at byte 0.
+const XFS_UUID_AT: usize = 32;
+
+/// The UUID of the file system of this type on `device`.
+///
+/// # Errors
+/// When the device cannot be read.
+pub fn filesystem_uuid(device: &Path, filesystem: &str) -> anyhow::Result<[u8; 16]> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+        .open(device)
+        .with_context(|| format!("opening {}", device.display()))?;
+    let mut page = Page::new_zeroed();
+    file.read_exact_at(page.as_mut_bytes(), 0)
+        .with_context(|| format!("reading the super block of {}", device.display()))?;
+    let at = if filesystem == "xfs" {
+        XFS_UUID_AT
+    } else {
+        EXT4_UUID_AT
+    };
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&page.0[at..at + 16]);
+    Ok(uuid)
+}
+
+/// The UUID of the file system that is mounted at `mount_point`.
+///
+/// # Errors
+/// When nothing is mounted there, it lies on no block device, or the device cannot be read.
+pub fn mounted_uuid(mount_point: &Path) -> anyhow::Result<[u8; 16]> {
+    let place = mount_point.display();
+    let found = statx(CWD, mount_point, AtFlags::empty(), StatxFlags::MNT_ID)
+        .with_context(|| format!("looking at {place}"))?;
+    ensure!(
+        found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
+        "{place} is no mount point: mount the volume, and name the place where it is mounted"
+    );
+    let mounts = Process::myself()?.mountinfo()?.0;
+    let mount = mounts
+        .iter()
+        .find(|mount| u64::try_from(mount.mnt_id) == Ok(found.stx_mnt_id))
+        .with_context(|| format!("the mount at {place} is not in /proc/self/mountinfo"))?;
+    let device = makedev(found.stx_dev_major, found.stx_dev_minor);
+    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| m.rdev() == device);
+    let source = mount.mount_source.as_ref().map(PathBuf::from);
+    let by_number = PathBuf::from("/dev/block").join(&mount.majmin);
+    let path = source
+        .into_iter()
+        .chain([by_number])
+        .find(is_it)
+        .with_context(|| format!("no device node of {} (at {place}) in /dev", mount.majmin))?;
+    filesystem_uuid(&path, &mount.fs_type)
+}

@@ -1,0 +1,393 @@
+//! Keeping one volume: deciding what this node is to it, and being that until something changes.
+//!
+//! One thread a volume. It must never mount before `cluster::ownership` said that it may.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::closer::Closer;
+use super::node::{Node, lock};
+use super::owner::{Left, Owner};
+use super::successor::{Successor, run_serve_command};
+use crate::board::VolumeBoard;
+use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
+use crate::cluster::control::{Request, Response};
+use crate::cluster::mailbox::AgentState;
+use crate::cluster::mounts::{self, MountState};
+use crate::cluster::ownership::{
+    Decision, Facts, LiveAnswer, decide, first_word, is_claimed_by_peer,
+};
+use crate::cluster::takeover::{Cause, Progress, Stamp, Takeover, TakeoverDriver as _};
+use crate::config::{MountBy, Volume};
+use crate::events::Event;
+use crate::status::{PeerState, Protection, Role};
+
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+const DECIDE_EVERY: Duration = Duration::from_secs(1);
+const STEP_RETRY: Duration = Duration::from_secs(2);
+
+/// The keeper of one volume.
+pub struct Keeper {
+    node: Arc<Node>,
+    volume: Volume,
+    board: Arc<VolumeBoard>,
+}
+
+/// What follows.
+enum Next {
+    Decide,
+    TakeOver(Cause),
+    Serve,
+    Stop,
+}
+
+impl Keeper {
+    /// A keeper; `board` shows what it does.
+    pub fn new(node: Arc<Node>, volume: Volume, board: Arc<VolumeBoard>) -> Self {
+        Self {
+            node,
+            volume,
+            board,
+        }
+    }
+
+    /// Keeps the volume until the agent stops.
+    pub fn run(self) {
+        let mut next = Next::Decide;
+        loop {
+            next = match next {
+                Next::Decide => self.decide(),
+                Next::TakeOver(cause) => self.take_over(cause),
+                Next::Serve => self.serve(),
+                Next::Stop => return,
+            };
+            if self.node.stopping() {
+                return;
+            }
+        }
+    }
+
+    fn say(&self, role: Role, protection: Protection, reason: &str) {
+        self.board.say(role, protection, reason);
+    }
+
+    fn ask_peer(&self) -> Option<LiveAnswer> {
+        match self.node.ask(Request::Ownership {
+            volume: self.volume.name.clone(),
+        }) {
+            Ok(Response::OwnershipIs { claim, serving }) => Some(LiveAnswer { claim, serving }),
+            _ => None,
+        }
+    }
+
+    fn decide(&self) -> Next {
+        let name = &self.volume.name;
+        let mut told = None;
+        loop {
+            if self.node.stopping() {
+                return Next::Stop;
+            }
+            let own = self.node.ledger.own_word(name);
+            let peer_slot = self.node.ledger.peer_word(name);
+            let peer_live = self.ask_peer();
+            let facts = Facts {
+                this_node: &self.node.id,
+                boot_id: self.node.boot_id,
+                configured_owner: &self.volume.owner,
+                own: &own,
+                peer_slot: &peer_slot,
+                peer_live: peer_live.as_ref(),
+            };
+            let decision = decide(&facts);
+            if told != Some(decision) {
+                let (volume, reason) = (name.clone(), reason_of(decision, self));
+                self.node.events.record(Event::OwnershipDecided {
+                    volume,
+                    decision,
+                    reason,
+                });
+                told = Some(decision);
+            }
+            if let Some(word) = first_word(&facts, decision)
+                && self.node.ledger.claim(name).as_ref() != Some(&word)
+                && let Err(error) = self.node.ledger.publish(name, &word)
+            {
+                let reason = format!("this node's word cannot be given: {error}");
+                self.say(Role::None, Protection::Suspended, &reason);
+                self.node.pause(DECIDE_EVERY);
+                continue;
+            }
+            match decision {
+                Decision::Serve(_) => return Next::Serve,
+                Decision::Mirror | Decision::TakenOver => return self.mirror(),
+                Decision::FinishTakeover => return Next::TakeOver(Cause::OwnerDead),
+                Decision::WaitForMerge | Decision::Suspended(_) => {
+                    let reason = reason_of(decision, self);
+                    self.say(Role::None, Protection::Suspended, &reason);
+                    if self.is_confirmed(&decision) {
+                        return Next::TakeOver(Cause::OwnerDead);
+                    }
+                    self.node.pause(DECIDE_EVERY);
+                }
+            }
+        }
+    }
+
+    /// A person's word that the peer is dead lifts a doubt about the peer; where only the peer could
+    /// have merged, what it held is lost, and the takeover says so.
+    fn is_confirmed(&self, decision: &Decision) -> bool {
+        matches!(decision, Decision::Suspended(_) | Decision::WaitForMerge)
+            && self.node.confirmed_dead.load(Ordering::Relaxed)
+            && matches!(self.node.peer_state(), PeerState::Dead | PeerState::Unknown)
+    }
+
+    /// Holds the region until the owner dies.
+    fn mirror(&self) -> Next {
+        let name = &self.volume.name;
+        if let Some(host) = self.node.regions.get(name) {
+            lock(host).unseal();
+        }
+        if let Err(error) = self.refuse_foreign_mount() {
+            self.say(Role::None, Protection::Suspended, &error);
+            self.node.pause(DECIDE_EVERY);
+            return Next::Decide;
+        }
+        while !self.node.stopping() {
+            let slot = self.node.ledger.peer_report();
+            let theirs = slot
+                .as_ref()
+                .and_then(|report| report.volumes.get(name))
+                .cloned();
+            if let Some(claim) = &theirs
+                && claim.owner != self.node.peer
+            {
+                // The peer gave the volume away or took its claim back.
+                self.node.pause(DECIDE_EVERY);
+                return Next::Decide;
+            }
+            if theirs
+                .as_ref()
+                .is_some_and(|claim| claim.phase == Phase::Unmerged)
+            {
+                return Next::TakeOver(Cause::OwnerRebooted);
+            }
+            let owned_by_peer = theirs.is_some()
+                || self
+                    .node
+                    .ledger
+                    .claim(name)
+                    .is_some_and(|c| c.owner == self.node.peer);
+            let confirmed = self.node.confirmed_dead.load(Ordering::Relaxed);
+            let state = self.node.peer_state();
+            if owned_by_peer && (state == PeerState::Dead || confirmed) {
+                return Next::TakeOver(Cause::OwnerDead);
+            }
+            let stopped = slot.is_some_and(|report| report.state == AgentState::Stopped);
+            self.show_as_mirror(theirs.as_ref(), stopped);
+            self.node.pause(LOOK_EVERY);
+        }
+        Next::Stop
+    }
+
+    /// As a mirror this node knows of the protection what its owner says.
+    fn show_as_mirror(&self, theirs: Option<&VolumeClaim>, stopped: bool) {
+        let peer = &self.node.peer;
+        if stopped {
+            let reason = format!(
+                "the agent on {peer} was stopped on purpose; power {peer} off and run \
+                 `twinwrite takeover --confirm-dead {peer}` to take the volume over"
+            );
+            self.say(Role::Mirror, Protection::Alone, &reason);
+        } else if theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open) {
+            self.say(Role::Mirror, Protection::Protected, "");
+        } else {
+            let reason = format!("{peer} has no open epoch: see `twinwrite status` there");
+            self.say(Role::Mirror, Protection::Exposed, &reason);
+        }
+    }
+
+    /// A mirror must not have the volume mounted.
+    fn refuse_foreign_mount(&self) -> Result<(), String> {
+        match mounts::find(&self.volume) {
+            Ok(
+                MountState::Mounted(_) | MountState::Twice { .. } | MountState::Elsewhere { .. },
+            ) => Err(format!(
+                "{} is mounted on this node, which does not own volume {}: unmount it at once",
+                self.volume.device.display(),
+                self.volume.name
+            )),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn take_over(&self, cause: Cause) -> Next {
+        let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
+        let silent_for = lock(&self.node.peer_view).silent_for;
+        let has_fence = self.node.config.cluster.fence_command.is_some();
+        let detected: (Stamp, Duration) = (driver.now(), silent_for);
+        let mut takeover = Takeover::new(
+            &self.volume.name,
+            &self.node.peer,
+            cause,
+            has_fence,
+            detected,
+        );
+        self.say(
+            Role::Mirror,
+            Protection::Suspended,
+            "this node takes the volume over",
+        );
+        let mut retry_at = Instant::now();
+        while !self.node.stopping() {
+            if self.node.confirmed_dead.swap(false, Ordering::Relaxed) {
+                let state = self.node.peer_state();
+                if let Err(error) = takeover.confirm_dead(&self.node.peer, state) {
+                    tracing::warn!(%error, "the word of a person was not taken");
+                }
+            }
+            if Instant::now() < retry_at {
+                self.node.pause(LOOK_EVERY);
+                continue;
+            }
+            let lives = matches!(
+                self.node.peer_state(),
+                PeerState::Alive | PeerState::LinkSilent
+            );
+            if cause == Cause::OwnerDead && lives && takeover.can_withdraw() {
+                match self.node.runtime.block_on(takeover.withdraw(&mut driver)) {
+                    Ok(()) => return Next::Decide,
+                    Err(error) => tracing::error!(%error, "the takeover could not be withdrawn"),
+                }
+            }
+            let progress = self.node.runtime.block_on(takeover.advance(&mut driver));
+            self.board.tell_takeover(takeover.status().clone());
+            match progress {
+                Progress::Stepped => {}
+                Progress::Serving => return Next::Serve,
+                Progress::WaitsForPerson | Progress::Stopped => {
+                    let error = takeover.status().error.clone().unwrap_or_default();
+                    self.say(Role::Mirror, Protection::Suspended, &error);
+                    retry_at = Instant::now() + STEP_RETRY;
+                }
+            }
+        }
+        Next::Stop
+    }
+
+    /// Mounts the volume, unless it is mounted already.
+    fn mount(&self) -> anyhow::Result<bool> {
+        if self.volume.mount_by == MountBy::External {
+            mounts::require_mounted(&self.volume)?;
+            return Ok(false);
+        }
+        match mounts::find(&self.volume)? {
+            MountState::NotMounted => {
+                std::fs::create_dir_all(&self.volume.mount_point)?;
+                mounts::mount(&self.volume)?;
+                Ok(true)
+            }
+            _ => {
+                mounts::require_mounted(&self.volume)?;
+                Ok(false)
+            }
+        }
+    }
+
+    fn is_claimed_away(&self) -> bool {
+        let name = &self.volume.name;
+        let peer = self.node.ledger.peer_word(name);
+        let own = self.node.ledger.claim(name);
+        own.is_some_and(|own| is_claimed_by_peer(&own, &self.node.id, &peer))
+    }
+
+    fn serve(&self) -> Next {
+        let name = &self.volume.name;
+        if self.is_claimed_away() {
+            self.leave_the_volume();
+            return Next::Decide;
+        }
+        match self.mount() {
+            Ok(true) if self.board.words().takeover.is_none() => {
+                if let Err(error) = self
+                    .node
+                    .runtime
+                    .block_on(run_serve_command(&self.node, &self.volume))
+                {
+                    tracing::error!(volume = %name, "{error:#}");
+                }
+            }
+            Ok(_) => {}
+            Err(error) => {
+                self.say(Role::Owner, Protection::Suspended, &format!("{error:#}"));
+                self.node.pause(DECIDE_EVERY);
+                return Next::Serve;
+            }
+        }
+        self.node.set_serving(name, true);
+        if self.board.words().protection == Protection::Suspended {
+            let reason = "the volume is served; capture is being attached and calibrated";
+            self.say(Role::Owner, Protection::Alone, reason);
+        }
+        let mut owner = match Owner::new(&self.node, &self.volume, Arc::clone(&self.board)) {
+            Ok(owner) => owner,
+            Err(error) => {
+                let reason = format!("the volume is served without protection: {error:#}");
+                self.say(Role::Owner, Protection::Exposed, &reason);
+                self.close_without_capture();
+                self.node.pause(STEP_RETRY);
+                return Next::Serve;
+            }
+        };
+        match owner.run() {
+            Left::Stopping => Next::Stop,
+            Left::ClaimedByPeer => {
+                drop(owner);
+                self.leave_the_volume();
+                Next::Decide
+            }
+        }
+    }
+
+    /// Nothing will be mirrored: what an earlier agent left open must not be replayed later.
+    fn close_without_capture(&self) {
+        match Closer::new(&self.node, &self.volume, Arc::clone(&self.board)) {
+            Ok(mut closer) => {
+                if let Some(epoch) = closer.open_epoch() {
+                    closer.close(epoch, "capture does not work");
+                }
+            }
+            Err(error) => tracing::error!(volume = %self.volume.name, %error, "cannot close"),
+        }
+    }
+
+    /// The peer claims the volume: stop touching it.
+    fn leave_the_volume(&self) {
+        let peer = &self.node.peer;
+        let reason =
+            format!("{peer} has taken the volume over: this node must not touch it any more");
+        tracing::error!(volume = %self.volume.name, "{reason}");
+        self.say(Role::None, Protection::Suspended, &reason);
+        if let Err(error) = mounts::unmount(&self.volume) {
+            tracing::error!(volume = %self.volume.name, %error, "the volume cannot be unmounted");
+        }
+        self.node.set_serving(&self.volume.name, false);
+    }
+}
+
+fn reason_of(decision: Decision, keeper: &Keeper) -> String {
+    let (own, peer, volume) = (&keeper.node.id, &keeper.node.peer, &keeper.volume.name);
+    match decision {
+        Decision::Suspended(doubt) => doubt.told().to_owned(),
+        Decision::WaitForMerge => format!(
+            "{own} went down while volume {volume} was protected: {peer} must merge what it holds \
+             first; start the agent on {peer} if it does not run"
+        ),
+        Decision::TakenOver => {
+            format!("{peer} has taken volume {volume} over; {own} mirrors it now")
+        }
+        Decision::FinishTakeover => "a takeover that was interrupted goes on".to_owned(),
+        Decision::Serve(_) | Decision::Mirror => String::new(),
+    }
+}

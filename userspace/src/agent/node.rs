@@ -1,0 +1,166 @@
+//! What the agent's threads share.
+//!
+//! Each field has one kind of user: the ledger is this node's word, the hosts are its memory for
+//! the peer, the view is how the peer looks. Nothing here decides.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::ledger::Ledger;
+use super::region_host::RegionHost;
+use crate::board::Board;
+use crate::cluster::claim::BootId;
+use crate::cluster::control::{ControlClient, ControlError, Request, Response};
+use crate::config::{Config, Volume};
+use crate::events::EventLog;
+use crate::ids::NodeId;
+use crate::link::{Exposed, SharedMemory, Transport};
+use crate::status::PeerState;
+
+/// Longest wait for the peer's answer to one request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait for a region to be opened.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Locks plain data that no thread leaves half-written.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How the peer looks, as the pulse found it.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerView {
+    /// Its state.
+    pub state: PeerState,
+    /// How long it has been silent, at the last look.
+    pub silent_for: Duration,
+}
+
+/// The memory the peer's heartbeats arrive in.
+pub struct NodePage {
+    /// The memory.
+    pub memory: Arc<SharedMemory>,
+    /// The peer's way in.
+    pub exposed: Option<Box<dyn Exposed>>,
+}
+
+/// The order to end, which wakes whoever sleeps.
+#[derive(Debug, Default)]
+pub struct StopOrder {
+    given: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl StopOrder {
+    /// Gives it.
+    pub fn give(&self) {
+        *lock(&self.given) = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether it was given.
+    pub fn is_given(&self) -> bool {
+        *lock(&self.given)
+    }
+
+    fn wait(&self, longest: Duration) {
+        let given = lock(&self.given);
+        // Whether it was given or the time is over makes no difference to a sleeper.
+        drop(
+            self.changed
+                .wait_timeout_while(given, longest, |given| !*given),
+        );
+    }
+}
+
+/// One agent.
+pub struct Node {
+    /// The configuration.
+    pub config: Config,
+    /// This node.
+    pub id: NodeId,
+    /// The other one.
+    pub peer: NodeId,
+    /// This boot.
+    pub boot_id: BootId,
+    /// What is shown.
+    pub board: Arc<Board>,
+    /// This node's word.
+    pub ledger: Ledger,
+    /// What happened.
+    pub events: Arc<EventLog>,
+    /// How bytes travel.
+    pub transport: Arc<dyn Transport>,
+    /// The way to the peer's agent.
+    pub control: ControlClient,
+    /// Regions this node holds, by volume.
+    pub regions: BTreeMap<String, Mutex<RegionHost>>,
+    /// Where the peer's heartbeats arrive.
+    pub page: Mutex<NodePage>,
+    /// How the peer looks.
+    pub peer_view: Mutex<PeerView>,
+    /// Volumes mounted and served here.
+    pub serving: Mutex<BTreeMap<String, bool>>,
+    /// A person's word that the peer is dead, until it is used.
+    pub confirmed_dead: AtomicBool,
+    /// The order to end.
+    pub stop: StopOrder,
+    /// For waiting on futures from threads.
+    pub runtime: Handle,
+}
+
+impl Node {
+    /// Whether the agent is to end.
+    pub fn stopping(&self) -> bool {
+        self.stop.is_given()
+    }
+
+    /// Asks the peer's agent, from a thread of its own.
+    ///
+    /// # Errors
+    /// As [`ControlClient::call`]; also when the answer takes too long.
+    pub fn ask(&self, request: Request) -> Result<Response, ControlError> {
+        // A region's mirror scans it before it answers.
+        let limit = match request {
+            Request::OpenRegion { .. } => OPEN_LIMIT,
+            _ => ANSWER_LIMIT,
+        };
+        self.runtime.block_on(async {
+            tokio::time::timeout(limit, self.control.call(request))
+                .await
+                .unwrap_or(Err(ControlError::TimedOut("answer")))
+        })
+    }
+
+    /// How the peer looks.
+    pub fn peer_state(&self) -> PeerState {
+        lock(&self.peer_view).state
+    }
+
+    /// The configured volume of this name.
+    pub fn volume(&self, name: &str) -> Option<&Volume> {
+        self.config
+            .volumes
+            .iter()
+            .find(|volume| volume.name == name)
+    }
+
+    /// Whether this node has the volume mounted and serves it.
+    pub fn is_serving(&self, volume: &str) -> bool {
+        lock(&self.serving).get(volume).copied().unwrap_or(false)
+    }
+
+    /// Notes whether it serves the volume.
+    pub fn set_serving(&self, volume: &str, serving: bool) {
+        lock(&self.serving).insert(volume.to_owned(), serving);
+    }
+
+    /// Sleeps, but not beyond the order to stop.
+    pub fn pause(&self, longest: Duration) {
+        self.stop.wait(longest);
+    }
+}

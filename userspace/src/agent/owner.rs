@@ -1,0 +1,577 @@
+//! Owning a volume: capture it, mirror it, and say truly how protected it is.
+//!
+//! Protection begins in this order: attach, calibrate, region emptied for a new epoch, first
+//! checkpoint with a sentinel of that epoch, `protected`. It ends by closing the epoch: mailbox,
+//! checkpoint, sentinel. While there is no epoch the ring is emptied and the state is `exposed` or
+//! `alone`. It must never call a volume protected before a checkpoint of the epoch was proven.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use super::closer::Closer;
+use super::filesystem_uuid::filesystem_uuid;
+use super::filler::Filler;
+use super::node::Node;
+use super::pump::{Ended, Limits, Parts, Pump, Standing, Turn, events_lost};
+use crate::board::VolumeBoard;
+use crate::capture::{
+    Capture, CaptureOptions, Continuity, Filesystem, GapCounts, Need, RingConsumer, calibrate,
+    kernel_device,
+};
+use crate::cluster::claim::EpochState;
+use crate::cluster::control::{RegionState, Request, Response};
+use crate::cluster::ownership::is_claimed_by_peer;
+use crate::config::Volume;
+use crate::events::Event;
+use crate::ids::{Epoch, RingPos, Seq};
+use crate::link::{Link, RingSource};
+use crate::region::scan::Tail;
+use crate::replay::sentinel;
+use crate::status::{PeerState, Protection, Role};
+
+/// A mirror that is not reached is tried again after this long.
+const RETRY: Duration = Duration::from_secs(1);
+/// A broken link is made anew this often while the epoch waits for it.
+const RELINK_EVERY: Duration = Duration::from_millis(200);
+/// How often the programs' own counters are asked for while records flow.
+const COUNTERS_BUSY: Duration = Duration::from_millis(50);
+/// The same while nothing happens.
+const COUNTERS_IDLE: Duration = Duration::from_secs(1);
+/// A gap that ended an epoch is often followed by more of its kind.
+const GAP_REST: Duration = Duration::from_millis(500);
+/// Longest sleep of the pump.
+const SLEEP: Duration = Duration::from_millis(250);
+
+/// Why a node no longer owns a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The agent ends.
+    Stopping,
+    /// The peer claims the volume with a higher table version.
+    ClaimedByPeer,
+}
+
+fn duration(signed: jiff::SignedDuration) -> Duration {
+    Duration::try_from(signed).unwrap_or_default()
+}
+
+/// A volume that this node has mounted.
+pub struct Owner<'a> {
+    node: &'a Node,
+    volume: &'a Volume,
+    board: Arc<VolumeBoard>,
+    capture: Capture,
+    ring: RingConsumer,
+    filler: Filler,
+    closer: Closer<'a>,
+    filesystem_uuid: [u8; 16],
+    last_epoch: Epoch,
+    /// An epoch that is not closed yet, and why it must be.
+    unclosed: Option<(Epoch, String)>,
+    /// Until then the epoch of an earlier agent may be gone on with.
+    resume_until: Instant,
+    /// Changes that this kernel does not even let be noticed.
+    blind_spots: Vec<String>,
+}
+
+/// A link to the region, and what the region holds.
+struct Opened {
+    link: Box<dyn Link>,
+    epoch: Epoch,
+    open: bool,
+    tail: Option<Box<Tail>>,
+}
+
+/// An epoch about to run.
+struct Session {
+    link: Box<dyn Link>,
+    tail: Tail,
+    lost_at_start: u64,
+    gaps_proven: GapCounts,
+}
+
+impl<'a> Owner<'a> {
+    /// Captures the mounted volume.
+    ///
+    /// # Errors
+    /// What failed, with the remedy.
+    pub fn new(
+        node: &'a Node,
+        volume: &'a Volume,
+        board: Arc<VolumeBoard>,
+    ) -> anyhow::Result<Self> {
+        let mount = &volume.mount_point;
+        let options = CaptureOptions {
+            volume_name: volume.name.clone(),
+            device: kernel_device(mount)?,
+            ring_bytes: u32::try_from(volume.ring_bytes.as_u64()).context("ring_bytes")?,
+            filesystem: Filesystem::from_name(&volume.filesystem)?,
+        };
+        let capture = Capture::attach(&options).context("attaching the capture programs")?;
+        // The agent's own directory and sentinel are made now, before anything is captured for good.
+        let closer = Closer::new(node, volume, Arc::clone(&board))?;
+        if !capture.resumed() {
+            calibrate(&capture, mount).context("calibrating the hooks on this kernel")?;
+        }
+        let last_epoch = sentinel::read(mount).map_or(Epoch(0), |s| s.epoch);
+        let unclosed = closer.open_epoch().map(|epoch| {
+            (
+                epoch,
+                "its agent ended and another could not go on with it".to_owned(),
+            )
+        });
+        Ok(Self {
+            node,
+            volume,
+            board,
+            ring: capture.consumer()?,
+            filler: Filler::start(mount)?,
+            closer,
+            filesystem_uuid: filesystem_uuid(&volume.device, &volume.filesystem)?,
+            last_epoch,
+            unclosed,
+            resume_until: Instant::now() + duration(volume.lag_limit),
+            blind_spots: blind_spots(&capture),
+            capture,
+        })
+    }
+
+    fn say(&self, protection: Protection, reason: &str) {
+        self.board.say(Role::Owner, protection, reason);
+    }
+
+    /// Mirrors epoch after epoch until the agent stops or the volume is claimed away.
+    pub fn run(&mut self) -> Left {
+        loop {
+            self.board.rests();
+            match self.leaving() {
+                Some(Left::Stopping) => {
+                    self.close();
+                    return Left::Stopping;
+                }
+                Some(left) => return left,
+                None => {}
+            }
+            match self.begin() {
+                Ok(Some(session)) => {
+                    let epoch = session.tail.epoch;
+                    let ended = self.mirror(session);
+                    self.unclosed = Some((epoch, ended.to_string()));
+                    // From here on nothing can be gone on with.
+                    self.resume_until = Instant::now();
+                    self.say(
+                        Protection::Exposed,
+                        &format!("epoch {epoch} ended: {ended}"),
+                    );
+                    if matches!(ended, Ended::Gap(_)) {
+                        self.node.pause(GAP_REST);
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    let dead = self.node.peer_state() == PeerState::Dead;
+                    let protection = if dead {
+                        Protection::Alone
+                    } else {
+                        Protection::Exposed
+                    };
+                    self.say(protection, &format!("not mirrored: {error:#}"));
+                    self.idle(RETRY);
+                }
+            }
+        }
+    }
+
+    fn leaving(&self) -> Option<Left> {
+        if self.node.stopping() {
+            return Some(Left::Stopping);
+        }
+        let own = self.node.ledger.claim(&self.volume.name)?;
+        let peer = self.node.ledger.peer_word(&self.volume.name);
+        is_claimed_by_peer(&own, &self.node.id, &peer).then_some(Left::ClaimedByPeer)
+    }
+
+    /// The next session: of the epoch that an earlier agent left running, or of a new one once that
+    /// is closed. `None`: try again.
+    fn begin(&mut self) -> anyhow::Result<Option<Session>> {
+        if self.unclosed.is_none() {
+            let opened = self.door().open()?;
+            return self.begin_new(opened).map(Some);
+        }
+        // The ring is left alone as long as its records may still reach the epoch's region.
+        if Instant::now() < self.resume_until {
+            match self.door().open() {
+                Ok(opened) => {
+                    if let Some(session) = self.resume(opened)? {
+                        return Ok(Some(session));
+                    }
+                }
+                Err(error) => {
+                    let reason = format!("the running epoch waits for its mirror: {error:#}");
+                    self.say(Protection::Exposed, &reason);
+                    self.node.pause(RELINK_EVERY);
+                    return Ok(None);
+                }
+            }
+        }
+        if !self.close() {
+            self.node.pause(RETRY);
+        }
+        Ok(None)
+    }
+
+    /// Closes what is not closed; whether nothing is left open.
+    fn close(&mut self) -> bool {
+        let Some((epoch, reason)) = self.unclosed.clone() else {
+            return true;
+        };
+        Continuity::clear(self.capture.control());
+        let closed = self.closer.close(epoch, &reason);
+        if closed {
+            self.unclosed = None;
+        }
+        closed
+    }
+
+    /// Without an epoch nobody needs the records; an unread ring would only fill.
+    fn idle(&mut self, longest: Duration) {
+        let deadline = Instant::now() + longest;
+        while Instant::now() < deadline && !self.node.stopping() {
+            if let Err(error) = self.drain() {
+                tracing::error!(volume = %self.volume.name, %error, "the ring cannot be read");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn drain(&mut self) -> anyhow::Result<()> {
+        while let Some(run) = self.ring.peek(usize::MAX)? {
+            let end = RingPos(run.start.0 + run.bytes.len() as u64);
+            self.ring.advance_to(end)?;
+            self.ring.release_to(end)?;
+        }
+        Ok(())
+    }
+
+    /// Drains until nothing is half written: where an epoch may begin.
+    fn drain_to_the_end(&mut self) -> anyhow::Result<RingPos> {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            self.drain()?;
+            if self.ring.cursor() == self.ring.producer() {
+                return Ok(self.ring.cursor());
+            }
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "a record stays half written in the ring"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    fn door(&self) -> Door<'a> {
+        Door {
+            node: self.node,
+            volume: self.volume,
+            filesystem_uuid: self.filesystem_uuid,
+            source: self.ring.source(),
+        }
+    }
+
+    fn lost(&self) -> anyhow::Result<u64> {
+        Ok(events_lost(
+            self.capture.control(),
+            self.capture.recursion_misses()?,
+        ))
+    }
+
+    /// Goes on with the running epoch of an earlier agent, if nothing was lost since.
+    fn resume(&mut self, opened: Opened) -> anyhow::Result<Option<Session>> {
+        let lost = self.lost()?;
+        let Some(left) = Continuity::load(self.capture.control()) else {
+            return Ok(None);
+        };
+        let (Some(tail), Some((epoch, _))) = (&opened.tail, &self.unclosed) else {
+            return Ok(None);
+        };
+        let Some(position) = tail.end.ring_pos_end else {
+            return Ok(None);
+        };
+        let same = opened.open && opened.epoch == left.epoch && *epoch == left.epoch;
+        let whole = lost == left.drops.saturating_add(left.recursion_misses);
+        let there = (self.ring.consumer()..=self.ring.producer()).contains(&position);
+        if !(same && whole && there) {
+            return Ok(None);
+        }
+        self.ring.rewind();
+        self.ring.advance_to(position)?;
+        tracing::info!(
+            volume = %self.volume.name, epoch = %left.epoch, next = %tail.end.next_seq,
+            "going on with the running epoch"
+        );
+        self.last_epoch = left.epoch;
+        let (tail, gaps_proven) = (**tail, left.gaps);
+        Ok(Some(Session {
+            link: opened.link,
+            tail,
+            lost_at_start: lost,
+            gaps_proven,
+        }))
+    }
+
+    fn begin_new(&mut self, opened: Opened) -> anyhow::Result<Session> {
+        let claim = self.node.ledger.claim(&self.volume.name);
+        let claimed = claim.map_or(Epoch(0), |claim| claim.epoch);
+        Continuity::clear(self.capture.control());
+        let epoch = self.last_epoch.max(opened.epoch).max(claimed).next();
+        self.say(
+            Protection::Exposed,
+            &format!("epoch {epoch} begins: the first checkpoint runs"),
+        );
+        match self.node.ask(Request::BeginEpoch {
+            volume: self.volume.name.clone(),
+            epoch,
+        })? {
+            Response::EpochBegun => {}
+            other => anyhow::bail!("an unexpected answer: {other:?}"),
+        }
+        let ring_start = self.drain_to_the_end()?;
+        // Read after the ring's place is fixed: what is lost later is lost in this epoch.
+        let control = self.capture.control();
+        let recursion_misses = self.capture.recursion_misses()?;
+        let (drops, gaps) = (control.drops(), control.gaps());
+        control.acknowledge_gaps(&gaps);
+        let seq_base = Seq(0);
+        Continuity {
+            epoch,
+            ring_start,
+            seq_base,
+            drops,
+            recursion_misses,
+            gaps,
+        }
+        .store(control);
+        self.last_epoch = epoch;
+        let tail = Tail::of_epoch(epoch, self.volume.region_bytes.as_u64(), ring_start);
+        let lost_at_start = events_lost(control, recursion_misses);
+        Ok(Session {
+            link: opened.link,
+            tail,
+            lost_at_start,
+            gaps_proven: gaps,
+        })
+    }
+
+    /// Runs one epoch to its end.
+    fn mirror(&mut self, session: Session) -> Ended {
+        match self.mirror_until(session) {
+            Ok(()) => Ended::Stop,
+            Err(ended) => ended,
+        }
+    }
+
+    fn mirror_until(&mut self, session: Session) -> Result<(), Ended> {
+        let limits = Limits {
+            checkpoint_age: duration(self.volume.checkpoint_age),
+            lag: duration(self.volume.lag_limit),
+        };
+        let door = self.door();
+        let epoch = session.tail.epoch;
+        self.board.epoch.set(epoch.0);
+        self.board
+            .region_bytes
+            .set(self.volume.region_bytes.as_u64());
+        let capture = &self.capture;
+        let misses = || capture.recursion_misses();
+        let mut recursion_misses = misses()?;
+        let mut asked_at = Instant::now();
+        let parts = Parts {
+            ring: &mut self.ring,
+            control: capture.control(),
+            filler: &mut self.filler,
+            checkpointer: self.closer.checkpointer(),
+            board: Arc::clone(&self.board),
+        };
+        let mut pump = Pump::new(
+            parts,
+            &session.tail,
+            session.link,
+            limits,
+            session.lost_at_start,
+            session.gaps_proven,
+        )?;
+        pump.watch_link()?;
+        let mut opened_epoch = false;
+        let mut relink_at = Instant::now();
+        let mut unlinked_since: Option<Instant> = None;
+        loop {
+            let turn = pump.turn(recursion_misses)?;
+            let due = if turn == Turn::Worked {
+                COUNTERS_BUSY
+            } else {
+                COUNTERS_IDLE
+            };
+            if asked_at.elapsed() >= due {
+                recursion_misses = misses()?;
+                asked_at = Instant::now();
+                self.board.recursion_misses.set(recursion_misses);
+                if door.is_leaving() {
+                    return Ok(());
+                }
+                if let Some(reason) = door.mirror_is_silent() {
+                    return Err(Ended::LinkGone(reason));
+                }
+            }
+            if !pump.is_linked() {
+                let since = *unlinked_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > limits.lag {
+                    return Err(Ended::LinkGone(
+                        "it could not be made again in time".to_owned(),
+                    ));
+                }
+                if Instant::now() >= relink_at {
+                    relink_at = Instant::now() + RELINK_EVERY;
+                    match door.open() {
+                        Ok(Opened {
+                            link,
+                            tail: Some(tail),
+                            epoch: found,
+                            open: true,
+                        }) if found == epoch => {
+                            pump.relink(&tail, link)?;
+                            pump.watch_link()?;
+                        }
+                        Ok(_) => {
+                            let text = "the mirror no longer has the region of this epoch";
+                            return Err(Ended::LinkGone(text.to_owned()));
+                        }
+                        Err(error) => tracing::debug!(%error, "the link is not made again yet"),
+                    }
+                }
+            } else {
+                unlinked_since = None;
+            }
+            let standing = pump.standing();
+            if standing == Standing::Protected && !opened_epoch && self.blind_spots.is_empty() {
+                door.publish_open(epoch)?;
+                opened_epoch = true;
+            }
+            door.show(&self.board, &self.blind_spots, &standing);
+            if turn == Turn::Idle {
+                let longest = if pump.is_linked() {
+                    SLEEP
+                } else {
+                    RELINK_EVERY
+                };
+                pump.sleep(longest)?;
+            }
+        }
+    }
+}
+
+/// What this kernel does not even let be noticed.
+fn blind_spots(capture: &Capture) -> Vec<String> {
+    let disabled = capture
+        .disabled()
+        .iter()
+        .filter(|disabled| matches!(disabled.hook.need, Need::Notices(_)))
+        .map(|disabled| disabled.hook.function.to_owned());
+    // Without it in the list of security modules its hooks can be attached and never run.
+    let security = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+    let no_bpf = !security.trim().split(',').any(|module| module == "bpf");
+    let ioctls = no_bpf.then(|| "file_ioctl (add bpf to the boot parameter lsm=)".to_owned());
+    disabled.chain(ioctls).collect()
+}
+
+/// The way to the mirror's region, and to everybody who must know of the epoch, while the pump
+/// borrows the rest of the owner.
+struct Door<'a> {
+    node: &'a Node,
+    volume: &'a Volume,
+    filesystem_uuid: [u8; 16],
+    source: RingSource,
+}
+
+impl Door<'_> {
+    /// A link without traffic does not notice that the other end is gone; heartbeats do.
+    fn mirror_is_silent(&self) -> Option<String> {
+        let peer = &self.node.peer;
+        match self.node.peer_state() {
+            PeerState::Dead => Some(format!("{peer} is silent on both paths")),
+            PeerState::LinkSilent => Some(format!("{peer} is silent on the link")),
+            PeerState::Alive | PeerState::MailboxSilent | PeerState::Unknown => None,
+        }
+    }
+
+    fn is_leaving(&self) -> bool {
+        if self.node.stopping() {
+            return true;
+        }
+        let Some(own) = self.node.ledger.claim(&self.volume.name) else {
+            return false;
+        };
+        let peer = self.node.ledger.peer_word(&self.volume.name);
+        is_claimed_by_peer(&own, &self.node.id, &peer)
+    }
+
+    /// A fresh link to the region; the one before is shut out by it.
+    fn open(&self) -> anyhow::Result<Opened> {
+        let outgoing = self.node.transport.outgoing(Some(self.source.clone()))?;
+        let request = Request::OpenRegion {
+            volume: self.volume.name.clone(),
+            filesystem_uuid: self.filesystem_uuid,
+            region_bytes: self.volume.region_bytes.as_u64(),
+            owner_endpoint: outgoing.endpoint(),
+        };
+        match self.node.ask(request)? {
+            Response::RegionOpened {
+                endpoint,
+                epoch,
+                state,
+                tail,
+            } => Ok(Opened {
+                link: outgoing.connect(&endpoint)?,
+                epoch,
+                open: state == RegionState::Open,
+                tail,
+            }),
+            other => anyhow::bail!("an unexpected answer: {other:?}"),
+        }
+    }
+
+    /// Tells both places that the epoch is open: from here on a takeover merges the region.
+    fn publish_open(&self, epoch: Epoch) -> Result<(), Ended> {
+        let volume = &self.volume.name;
+        self.node
+            .ledger
+            .update(volume, |claim| {
+                claim.epoch = epoch;
+                claim.epoch_state = EpochState::Open;
+            })
+            .map_err(|error| Ended::Ledger(error.to_string()))?;
+        self.node.events.record(Event::EpochOpened {
+            volume: volume.clone(),
+            epoch,
+        });
+        Ok(())
+    }
+
+    fn show(&self, board: &VolumeBoard, blind_spots: &[String], standing: &Standing) {
+        match standing {
+            Standing::Beginning => {}
+            Standing::Exposed(reason) => board.say(Role::Owner, Protection::Exposed, reason),
+            Standing::Protected if blind_spots.is_empty() => {
+                board.say(Role::Owner, Protection::Protected, "");
+            }
+            Standing::Protected => {
+                let text = format!(
+                    "this kernel does not show changes that pass {}: see `twinwrite doctor`",
+                    blind_spots.join(", ")
+                );
+                board.say(Role::Owner, Protection::Exposed, &text);
+            }
+        }
+    }
+}

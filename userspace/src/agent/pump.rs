@@ -1,0 +1,597 @@
+//! Moving records from the ring to the mirror's region: the driver around `mirror::core` and
+//! `durability::core`.
+//!
+//! One thread turns it. It takes committed records, posts what the core says, releases the ring
+//! when completions arrive, reads fills from the page cache, and begins checkpoints. Whatever the
+//! core cannot go on from ends the epoch with a reason; nothing is dropped in silence.
+
+mod progress;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use twinwrite_abi::gap;
+
+use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
+use super::clock::Clock;
+use super::filler::{Filler, Wanted};
+use crate::board::VolumeBoard;
+use crate::capture::{CaptureError, Control, GapCounts, RingConsumer, Woken};
+use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason};
+use crate::durability::core::{LiveError, LiveLog};
+use crate::ids::{RingPos, Seq};
+use crate::link::{Body, Link, LinkError, Post, PostId, WINDOW_POSTS};
+use crate::mirror::core::{Action, CoreError, MirrorCore, PostBody};
+use crate::record::{RecordMeta, Records};
+use crate::region::scan::Tail;
+use progress::{Peak, count};
+
+/// Most ring bytes looked at in one turn.
+const RUN_BYTES: usize = 4 * 1024 * 1024;
+/// A volume with gaps is covered by a checkpoint no more often than this.
+const GAP_CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
+/// How often the slower numbers of the board are refreshed.
+const REFRESH: Duration = Duration::from_millis(50);
+/// How often is looked for bytes that are being read.
+const FILL_LOOK: Duration = Duration::from_millis(1);
+/// Gaps after which older records of the log could be laid over newer bytes or names: they end the
+/// epoch. The others (stores through mappings, attributes) are covered by a checkpoint within it,
+/// because what confirms them is captured as a mark and clips the older records.
+const ENDING_GAPS: [usize; 7] = [
+    gap::FALLOCATE,
+    gap::REMAP,
+    gap::DIRECT_IO,
+    gap::IOCTL,
+    gap::RING_FULL,
+    gap::WHITEOUT,
+    gap::UNREADABLE,
+];
+
+/// Why an epoch cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Ended {
+    /// Events were lost, so that later records cannot be trusted to be all.
+    #[error("events were lost ({0}): the ring was full or the kernel skipped a hook")]
+    EventsLost(String),
+    /// The core met something that breaks the protocol.
+    #[error(transparent)]
+    Core(#[from] CoreError),
+    /// The record of what is durable was fed out of order.
+    #[error(transparent)]
+    Live(#[from] LiveError),
+    /// The ring is not what the programs write.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// A record that cannot be read.
+    #[error("the ring holds a damaged record: {0}")]
+    Record(#[from] crate::record::RecordError),
+    /// The link has been gone for longer than the lag limit.
+    #[error("the link to the mirror is gone: {0}")]
+    LinkGone(String),
+    /// The start of the epoch could not be told in table and mailbox.
+    #[error("the epoch could not be told: {0}")]
+    Ledger(String),
+    /// A change was noticed that is not captured, and that makes the log unfit to be replayed.
+    #[error("a change that is not captured ({0}); a checkpoint covers it, then a new epoch begins")]
+    Gap(String),
+    /// Too much has not reached the mirror for too long.
+    #[error("the lag was over its limit: {0}")]
+    Lag(String),
+    /// The agent stops.
+    #[error("the agent stops")]
+    Stop,
+}
+
+/// What one turn found to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Something moved.
+    Worked,
+    /// Nothing to do until something happens.
+    Idle,
+}
+
+/// What the volume's protection is to be, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// The epoch's first checkpoint is not proven yet.
+    Beginning,
+    /// Everything captured is, or soon will be, in the region.
+    Protected,
+    /// Something weakens protection.
+    Exposed(String),
+}
+
+/// The machinery of one epoch.
+pub struct Pump<'a> {
+    ring: &'a mut RingConsumer,
+    control: &'a Control,
+    filler: &'a mut Filler,
+    /// Bytes that were read, and the ring position behind every change they may show.
+    filled: Option<(Wanted, Vec<u8>, RingPos)>,
+    checkpointer: &'a mut Checkpointer,
+    board: Arc<VolumeBoard>,
+    clock: Clock,
+    core: MirrorCore,
+    live: LiveLog,
+    link: Option<Box<dyn Link>>,
+    woken_by_link: bool,
+    completed: Vec<PostId>,
+    metas: Vec<RecordMeta>,
+    limits: Limits,
+    /// Events lost when the epoch began.
+    lost_at_start: u64,
+    /// Gap counts at the start of the checkpoint under way, and at that of the last proven one.
+    gaps_at_checkpoint: GapCounts,
+    gaps_proven: GapCounts,
+    gaps_at_start: GapCounts,
+    begun: bool,
+    planner: CheckpointPlanner,
+    gap_checkpoint_at: Option<Instant>,
+    checkpoint_failure: Option<String>,
+    /// A captured change that the region cannot bring back, until a checkpoint has covered it.
+    gap_in_log: Option<(Seq, String)>,
+    refreshed: Instant,
+    peak: Peak,
+}
+
+/// Limits from the configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Unflushed records older than this ask for a checkpoint.
+    pub checkpoint_age: Duration,
+    /// Lag beyond this is `exposed`.
+    pub lag: Duration,
+}
+
+/// What a pump works with; borrowed from the owner for one epoch.
+pub struct Parts<'a> {
+    /// The capture ring.
+    pub ring: &'a mut RingConsumer,
+    /// The control words.
+    pub control: &'a Control,
+    /// For bytes that eBPF could not copy.
+    pub filler: &'a mut Filler,
+    /// For checkpoints.
+    pub checkpointer: &'a mut Checkpointer,
+    /// Where progress is shown.
+    pub board: Arc<VolumeBoard>,
+}
+
+/// Events lost since the programs were loaded, by every way of losing them that is not a gap of
+/// its own.
+pub fn events_lost(control: &Control, recursion_misses: u64) -> u64 {
+    control.drops().saturating_add(recursion_misses)
+}
+
+impl<'a> Pump<'a> {
+    /// A pump that goes on at `tail`, over `link`. `resumed`: the epoch was begun by an earlier
+    /// agent, so that its first checkpoint is behind it and only checkpoints purge the old records.
+    ///
+    /// # Errors
+    /// [`Ended::Core`] when the tail contradicts itself.
+    pub fn new(
+        parts: Parts<'a>,
+        tail: &Tail,
+        link: Box<dyn Link>,
+        limits: Limits,
+        lost_at_start: u64,
+        gaps_proven: GapCounts,
+    ) -> Result<Self, Ended> {
+        let clock = Clock::start();
+        let core = MirrorCore::new(tail, WINDOW_POSTS, clock.now_us())?;
+        let now = Instant::now();
+        let age_limit_us = limits
+            .checkpoint_age
+            .as_micros()
+            .try_into()
+            .unwrap_or(u64::MAX);
+        let mut planner = CheckpointPlanner::new(age_limit_us);
+        // What was dirty before the epoch is nobody's record, so the epoch begins with one.
+        planner.want(CheckpointReason::Requested);
+        parts
+            .board
+            .zero_copy
+            .store(link.zero_copy(), std::sync::atomic::Ordering::Relaxed);
+        Ok(Self {
+            ring: parts.ring,
+            control: parts.control,
+            filler: parts.filler,
+            filled: None,
+            checkpointer: parts.checkpointer,
+            board: parts.board,
+            clock,
+            live: LiveLog::new(tail.head.seq, tail.end.next_seq),
+            core,
+            link: Some(link),
+            woken_by_link: false,
+            completed: Vec::new(),
+            metas: Vec::new(),
+            limits,
+            lost_at_start,
+            gaps_at_checkpoint: gaps_proven,
+            gaps_proven,
+            gaps_at_start: gaps_proven,
+            begun: false,
+            planner,
+            gap_checkpoint_at: None,
+            checkpoint_failure: None,
+            gap_in_log: None,
+            refreshed: now,
+            peak: Peak::new(now),
+        })
+    }
+
+    /// Whether there is a link now.
+    pub fn is_linked(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// Goes on over a new link, where the region ends.
+    ///
+    /// # Errors
+    /// [`Ended::Core`] when the region does not continue this log.
+    pub fn relink(&mut self, tail: &Tail, link: Box<dyn Link>) -> Result<(), Ended> {
+        self.core.relink(tail)?;
+        self.link = Some(link);
+        Ok(())
+    }
+
+    /// Does what can be done without waiting.
+    ///
+    /// # Errors
+    /// [`Ended`] when the epoch cannot go on. A broken link does not end it: [`Self::is_linked`].
+    pub fn turn(&mut self, recursion_misses: u64) -> Result<Turn, Ended> {
+        self.core.tick(self.clock.now_us(), self.clock.time_ns());
+        let mut worked = self.take_records()?;
+        worked |= self.poll_link()?;
+        worked |= self.see_fill()?;
+        worked |= self.act()?;
+        worked |= self.see_checkpoint()?;
+        let purgeable = self.live.purgeable();
+        if purgeable > self.core.purged_seq() {
+            self.core.purge_to(purgeable)?;
+            worked = true;
+        }
+        self.begin_checkpoint();
+        let lost = events_lost(self.control, recursion_misses);
+        if lost != self.lost_at_start {
+            let gaps = self.control.gaps();
+            let text = format!(
+                "{} since the epoch began, {} of them because the ring was full",
+                lost - self.lost_at_start,
+                gaps[gap::RING_FULL].saturating_sub(self.gaps_proven[gap::RING_FULL])
+            );
+            return Err(Ended::EventsLost(text));
+        }
+        self.end_if_unfit()?;
+        self.board.turned();
+        if worked {
+            self.show_progress();
+        }
+        if self.refreshed.elapsed() >= REFRESH {
+            self.refresh();
+        }
+        Ok(if worked { Turn::Worked } else { Turn::Idle })
+    }
+
+    /// Ends an epoch whose log must not be replayed any more, or not soon enough.
+    fn end_if_unfit(&self) -> Result<(), Ended> {
+        let gaps = self.control.gaps();
+        let names: Vec<&str> = ENDING_GAPS
+            .iter()
+            .filter(|reason| gaps[**reason] != self.gaps_at_start[**reason])
+            .filter_map(|reason| gap::NAMES.get(*reason).copied())
+            .collect();
+        if !names.is_empty() {
+            return Err(Ended::Gap(names.join(", ")));
+        }
+        let lag = Duration::from_micros(self.core.lag_us());
+        if lag <= self.limits.lag {
+            return Ok(());
+        }
+        let why = if self.core.is_region_full() {
+            "the region was full and no checkpoint purged it"
+        } else if self.filler.is_busy() {
+            "bytes could not be read from the page cache"
+        } else if self.link.is_none() {
+            "the link to the mirror is gone"
+        } else {
+            "the link to the mirror is slower than the writers"
+        };
+        Err(Ended::Lag(format!("{:.1} s: {why}", lag.as_secs_f64())))
+    }
+
+    /// What the volume's protection is now.
+    pub fn standing(&self) -> Standing {
+        if !self.begun {
+            return match &self.checkpoint_failure {
+                Some(error) => Standing::Exposed(format!("the first checkpoint failed: {error}")),
+                None => Standing::Beginning,
+            };
+        }
+        let gaps = self.control.gaps();
+        let new: Vec<&str> = gap::NAMES
+            .iter()
+            .zip(gaps.iter().zip(&self.gaps_proven))
+            .filter(|(_, (now, proven))| now > proven)
+            .map(|(name, _)| *name)
+            .collect();
+        if !new.is_empty() {
+            let names = new.join(", ");
+            return Standing::Exposed(format!(
+                "changes that are not captured yet ({names}); a checkpoint will cover them"
+            ));
+        }
+        if let Some((_, reason)) = &self.gap_in_log {
+            return Standing::Exposed(format!("{reason}; a checkpoint will cover it"));
+        }
+        match &self.checkpoint_failure {
+            Some(error) => Standing::Exposed(format!("the last checkpoint failed: {error}")),
+            None => Standing::Protected,
+        }
+    }
+
+    /// Waits until there is something to do.
+    ///
+    /// # Errors
+    /// [`Ended::Capture`].
+    pub fn sleep(&mut self, longest: Duration) -> Result<(), Ended> {
+        // Arming also takes the event that ended the sleep before, or every sleep would end at once.
+        if let Some(link) = &mut self.link
+            && (self.core.in_flight() > 0 || self.woken_by_link)
+        {
+            self.woken_by_link = false;
+            if link.arm().is_err() {
+                return Ok(());
+            }
+            // A completion may have come between the last look and the arming.
+            if self.poll_link()? {
+                return Ok(());
+            }
+        }
+        let longest = if self.filler.is_busy() {
+            longest.min(FILL_LOOK)
+        } else {
+            longest
+        };
+        self.woken_by_link = self.ring.sleep(longest)? == Woken::Extra;
+        self.board.missed_wakeups.set(self.ring.missed_wakeups());
+        Ok(())
+    }
+
+    /// Makes the link's completions wake [`Self::sleep`].
+    ///
+    /// # Errors
+    /// [`Ended::Capture`].
+    pub fn watch_link(&mut self) -> Result<(), Ended> {
+        let fd = self.link.as_ref().and_then(|link| link.event_fd());
+        // `drop_link` stops watching before the link, which owns the descriptor, goes.
+        self.ring.watch(fd)?;
+        Ok(())
+    }
+
+    fn drop_link(&mut self, error: &LinkError) -> Result<(), Ended> {
+        tracing::warn!(volume = %self.board.name, %error, "the link to the mirror broke");
+        self.ring.watch(None)?;
+        self.link = None;
+        Ok(())
+    }
+
+    fn take_records(&mut self) -> Result<bool, Ended> {
+        let mut worked = false;
+        while let Some(run) = self.ring.peek(RUN_BYTES)? {
+            self.metas.clear();
+            let (start, end) = (run.start.0, run.start.0 + run.bytes.len() as u64);
+            for item in Records::new(run.bytes) {
+                let (at, view) = item?;
+                count(&self.board, &view);
+                self.metas
+                    .push(RecordMeta::of(&view, RingPos(start + at as u64)));
+            }
+            let mut seq = self.core.captured_seq();
+            self.core.captured(&self.metas, self.clock.now_us())?;
+            for meta in &self.metas {
+                seq = seq.next();
+                if let Some(reason) = self.live.appended(seq, meta)? {
+                    tracing::warn!(volume = %self.board.name, %seq, %reason, "a gap");
+                    self.planner.want(CheckpointReason::Gap);
+                    self.gap_in_log = Some((seq, reason.to_string()));
+                }
+            }
+            self.ring.advance_to(RingPos(end))?;
+            worked = true;
+        }
+        Ok(worked)
+    }
+
+    fn poll_link(&mut self) -> Result<bool, Ended> {
+        let Some(link) = &mut self.link else {
+            return Ok(false);
+        };
+        self.completed.clear();
+        if let Err(error) = link.poll(&mut self.completed) {
+            self.drop_link(&error)?;
+            return Ok(true);
+        }
+        let now_us = self.clock.now_us();
+        for id in &self.completed {
+            if let Some(advance) = self.core.completed(*id, now_us)? {
+                self.board
+                    .latency(now_us.saturating_sub(advance.captured_us));
+            }
+        }
+        Ok(!self.completed.is_empty())
+    }
+
+    fn act(&mut self) -> Result<bool, Ended> {
+        let mut worked = false;
+        while self.link.is_some() {
+            let ring = &*self.ring;
+            let crc = |pos, len: u32| ring.bytes(pos, len as usize).map_or(0, crc32c::crc32c);
+            let Some(action) = self.core.next_action(crc) else {
+                break;
+            };
+            worked = true;
+            self.carry_out(action)?;
+        }
+        Ok(worked)
+    }
+
+    fn carry_out(&mut self, action: Action) -> Result<(), Ended> {
+        match action {
+            Action::Post {
+                id,
+                offset,
+                head,
+                body,
+                ..
+            } => {
+                let body = match &body {
+                    PostBody::None => Body::None,
+                    PostBody::Ring { pos, len } => Body::Ring {
+                        pos: *pos,
+                        len: *len,
+                    },
+                    PostBody::Bytes(bytes) => Body::Bytes(bytes),
+                };
+                let post = Post {
+                    id,
+                    offset,
+                    head: &head,
+                    body,
+                };
+                if let Some(link) = &mut self.link
+                    && let Err(error) = link.post(&post)
+                {
+                    self.drop_link(&error)?;
+                }
+            }
+            Action::NeedFill {
+                seq,
+                identity,
+                pos,
+                len,
+                fill_offset,
+            } => {
+                let epoch = self.core.epoch();
+                self.filler.ask(Wanted {
+                    epoch,
+                    seq,
+                    identity,
+                    pos,
+                    len,
+                    fill_offset,
+                });
+            }
+            Action::ReleaseRing(position) => self.ring.release_to(position)?,
+            Action::RegionHalf => self.planner.want(CheckpointReason::RegionHalf),
+            Action::RegionFull => {
+                tracing::warn!(volume = %self.board.name, "the region is full; a checkpoint will purge it");
+                self.planner.want(CheckpointReason::RegionFull);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands over bytes that were read, once every change they may show has its record taken: a
+    /// change that the read saw had its record reserved before the read ended.
+    fn see_fill(&mut self) -> Result<bool, Ended> {
+        if self.filled.is_none()
+            && let Some((wanted, read)) = self.filler.take()
+            && wanted.epoch == self.core.epoch()
+        {
+            self.filled = Some((wanted, read?, self.ring.producer()));
+        }
+        let Some((wanted, bytes, end)) = self.filled.take() else {
+            return Ok(false);
+        };
+        if self.core.captured_end() < end {
+            self.filled = Some((wanted, bytes, end));
+            return Ok(false);
+        }
+        let gone = bytes.len() < wanted.len as usize;
+        let safe_at = self.core.captured_seq();
+        self.core
+            .filled(wanted.seq, wanted.fill_offset, bytes, gone, safe_at)?;
+        self.board.fills.add(1);
+        Ok(true)
+    }
+
+    /// Begins a checkpoint if something asks for one.
+    fn begin_checkpoint(&mut self) {
+        if self.checkpointer.busy() {
+            return;
+        }
+        let gaps = self.control.gaps();
+        let rested = self
+            .gap_checkpoint_at
+            .is_none_or(|at| at.elapsed() >= GAP_CHECKPOINT_EVERY);
+        if gaps != self.gaps_proven && rested {
+            self.planner.want(CheckpointReason::Gap);
+        }
+        let (now_us, age_us) = (self.clock.now_us(), self.core.oldest_unflushed_age_us());
+        let Some(reason) = self.planner.poll(now_us, age_us) else {
+            return;
+        };
+        let checkpoint = Checkpoint {
+            epoch: self.core.epoch(),
+            seq: self.core.captured_seq(),
+            closed: false,
+        };
+        // Read before the checkpoint begins: what comes later is not covered by it.
+        self.gaps_at_checkpoint = gaps;
+        if reason == CheckpointReason::Gap {
+            self.gap_checkpoint_at = Some(Instant::now());
+        }
+        tracing::debug!(volume = %self.board.name, seq = %checkpoint.seq, ?reason, "checkpoint begins");
+        if !self.checkpointer.begin(checkpoint, self.clock.time_ns()) {
+            self.not_proven(&CheckpointError::Gone);
+        }
+    }
+
+    fn see_checkpoint(&mut self) -> Result<bool, Ended> {
+        let Some((checkpoint, result)) = self.checkpointer.outcome() else {
+            return Ok(false);
+        };
+        if checkpoint.epoch != self.core.epoch() {
+            return Ok(true);
+        }
+        match result {
+            Ok(()) => self.proven(checkpoint)?,
+            Err(error) => self.not_proven(&error),
+        }
+        Ok(true)
+    }
+
+    fn proven(&mut self, checkpoint: Checkpoint) -> Result<(), Ended> {
+        self.board.proved();
+        self.checkpoint_failure = None;
+        self.planner.succeeded(self.clock.now_us());
+        self.gaps_proven = self.gaps_at_checkpoint;
+        self.control.acknowledge_gaps(&self.gaps_proven);
+        self.gap_in_log = self
+            .gap_in_log
+            .take()
+            .filter(|(seq, _)| *seq > checkpoint.seq);
+        if !self.begun {
+            self.begun = true;
+            tracing::info!(
+                volume = %self.board.name, epoch = %self.core.epoch(),
+                "the first checkpoint is proven: every change is mirrored from here on"
+            );
+        }
+        self.core
+            .checkpoint_mark(checkpoint.seq, self.clock.time_ns())?;
+        self.live.checkpoint(checkpoint.seq)?;
+        Ok(())
+    }
+
+    fn not_proven(&mut self, error: &CheckpointError) {
+        self.board.checkpoint_failures.add(1);
+        let retry = self.planner.failed(self.clock.now_us());
+        let (failures, after_ms) = (retry.failures, retry.after_us / 1000);
+        tracing::error!(volume = %self.board.name, %error, failures, after_ms, "checkpoint failed");
+        self.checkpoint_failure = Some(error.to_string());
+    }
+}

@@ -1,0 +1,371 @@
+//! Taking a volume over: the real work behind the steps of `cluster::takeover`.
+//!
+//! Every step may be called again, by this agent after a failure or by the next one after its
+//! death: what is already done it leaves. It must never touch the volume before the step that
+//! carries the proof of the fence.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, ensure};
+
+use super::clock::{wall_ms, wall_ns};
+use super::filesystem_uuid::filesystem_uuid;
+use super::merge::SavedRegion;
+use super::node::{Node, lock};
+use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
+use crate::cluster::command;
+use crate::cluster::fence::fence;
+use crate::cluster::mounts::{self, MountState};
+use crate::cluster::ownership::Word;
+use crate::cluster::takeover::{
+    Claimed, Fenced, Judged, Judgement, Merged, Mounted, Replayed, Revoked, Saved, Settled, Stamp,
+    StepResult, TakeoverDriver,
+};
+use crate::config::Volume;
+use crate::events::Event;
+use crate::ids::{Epoch, Seq};
+use crate::region::layout::region_state;
+use crate::replay::{self, NothingToDo, Sentinel, SentinelError, Verdict, sentinel};
+use crate::status::PeerState;
+
+/// Longest time a serve command may take.
+const SERVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The takeover of one volume by this node.
+pub struct Successor {
+    node: Arc<Node>,
+    volume: Volume,
+    began: Instant,
+    /// Records of the region and where to begin, once judged.
+    merge: Option<(SavedRegion, Seq)>,
+    /// Epoch of the region that was saved, once judged; 0: none.
+    held: Epoch,
+}
+
+/// Where the copies of a volume's regions are kept.
+fn saved_path(state_dir: &Path, volume: &str) -> PathBuf {
+    state_dir.join("saved").join(format!("{volume}.region"))
+}
+
+impl Successor {
+    /// Nothing done yet.
+    pub fn new(node: Arc<Node>, volume: Volume) -> Self {
+        Self {
+            node,
+            volume,
+            began: Instant::now(),
+            merge: None,
+            held: Epoch(0),
+        }
+    }
+
+    fn saved(&self) -> PathBuf {
+        saved_path(&self.node.config.cluster.state_dir, &self.volume.name)
+    }
+
+    /// Everything anybody has said of this volume.
+    fn known(&self) -> Vec<VolumeClaim> {
+        let name = &self.volume.name;
+        let mut known: Vec<VolumeClaim> = self.node.ledger.claim(name).into_iter().collect();
+        for word in [
+            self.node.ledger.own_word(name).word,
+            self.node.ledger.peer_word(name),
+        ] {
+            if let Word::Says(claim) = word {
+                known.push(claim);
+            }
+        }
+        known
+    }
+
+    /// The epoch the region may be of, as far as anybody said, and whether it was closed.
+    fn last_word(&self) -> (Epoch, EpochState) {
+        self.known()
+            .iter()
+            .map(|claim| (claim.epoch, claim.epoch_state))
+            .max()
+            .unwrap_or((Epoch(0), EpochState::None))
+    }
+
+    fn save(&self) -> anyhow::Result<()> {
+        let Some(host) = self.node.regions.get(&self.volume.name) else {
+            return Ok(());
+        };
+        let mut host = lock(host);
+        let live = host.header()?;
+        let path = self.saved();
+        if live.is_none_or(|header| header.state == region_state::EMPTY) {
+            // The memory did not survive this node's own reboot; a copy of before may have.
+            return Ok(());
+        }
+        let directory = path.parent().context("the state directory has no parent")?;
+        std::fs::create_dir_all(directory)?;
+        host.save_to(&path)?;
+        Ok(())
+    }
+
+    fn mount_it(&self) -> anyhow::Result<()> {
+        match mounts::find(&self.volume)? {
+            MountState::Mounted(_) => {}
+            MountState::NotMounted => {
+                std::fs::create_dir_all(&self.volume.mount_point)?;
+                mounts::mount(&self.volume)?;
+            }
+            _ => {
+                mounts::require_mounted(&self.volume)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The epoch this takeover writes when it has finished.
+    fn new_epoch(&self) -> Epoch {
+        let told = self.last_word().0;
+        let read = sentinel::read(&self.volume.mount_point);
+        // A sentinel that this takeover wrote already is not counted up again.
+        let on_volume = read.map_or(Epoch(0), |s| if s.closed { Epoch(0) } else { s.epoch });
+        told.max(self.held).max(on_volume).next()
+    }
+
+    fn judge_it(&mut self) -> anyhow::Result<Judgement> {
+        let (epoch, state) = self.last_word();
+        let on_volume = match sentinel::read(&self.volume.mount_point) {
+            Ok(sentinel) => Some(sentinel),
+            Err(SentinelError::Missing(_)) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let (of_volume, closed) = on_volume.map_or((Epoch(0), false), |s| (s.epoch, s.closed));
+        let path = self.saved();
+        let saved = if path.exists() {
+            let context = || format!("reading the saved region {}", path.display());
+            Some(SavedRegion::load(&path).with_context(context)?)
+        } else {
+            None
+        };
+        let held = saved
+            .as_ref()
+            .map_or(Epoch(0), |saved| Epoch(saved.header.epoch));
+        self.held = held;
+        if closed && of_volume > epoch.max(held) {
+            let why = format!("the volume is in epoch {of_volume} already: it was merged before");
+            return Ok(Judgement::Nothing { why });
+        }
+        let unprotected = |what: String| {
+            let why = format!("{what}; what was written since then and not flushed is lost");
+            Ok(Judgement::LossUnknown { why })
+        };
+        let Some(saved) = saved else {
+            return unprotected("this node holds no region of the volume".to_owned());
+        };
+        if closed {
+            return unprotected(format!("epoch {of_volume} of the volume was closed"));
+        }
+        if held != of_volume || held < epoch {
+            return unprotected(format!(
+                "the region here is of epoch {held}, the volume is in epoch {of_volume}, its \
+                 owner's last word was epoch {epoch}"
+            ));
+        }
+        if held == epoch && state == EpochState::Closed {
+            return unprotected(format!("the owner said that epoch {epoch} had ended"));
+        }
+        let uuid = filesystem_uuid(&self.volume.device, &self.volume.filesystem)?;
+        match saved.judge(&self.volume.mount_point, held.next(), Some(uuid)) {
+            Verdict::Merge { after } => {
+                self.merge = Some((saved, after));
+                Ok(Judgement::Merge)
+            }
+            Verdict::Nothing(why) => Ok(Judgement::Nothing { why: nothing(&why) }),
+            Verdict::Refuse(refusal) => Err(anyhow!(refusal)),
+        }
+    }
+
+    fn merge_it(&mut self) -> anyhow::Result<Merged> {
+        let Some((saved, after)) = &self.merge else {
+            return Ok(Merged::default());
+        };
+        let outcome = saved.merge(&self.volume.mount_point, *after, &mut |_| ())?;
+        let volume = &self.volume.name;
+        tracing::info!(%volume, "replay: {outcome}");
+        for item in &outcome.recovered {
+            tracing::warn!(%volume, "moved out of the way, not proven dead: {item:?}");
+        }
+        for text in outcome.lost.iter().chain(&outcome.warnings) {
+            tracing::warn!(%volume, "replay: {text}");
+        }
+        let merged = Merged {
+            records_replayed: outcome.records,
+            cut_seq: saved.scan.cut,
+        };
+        let sentinel = self.sentinel(self.new_epoch());
+        replay::finish(&self.volume.mount_point, &sentinel)?;
+        if let Err(error) = replay::tidy(&self.volume.mount_point, &outcome) {
+            tracing::warn!(%volume, %error, "what replay left behind could not be tidied up");
+        }
+        Ok(merged)
+    }
+
+    /// The sentinel of the epoch that begins with this ownership and has no region yet.
+    fn sentinel(&self, epoch: Epoch) -> Sentinel {
+        Sentinel {
+            cluster: self.node.config.cluster.name.clone(),
+            volume: self.volume.name.clone(),
+            epoch,
+            seq: Seq(0),
+            closed: true,
+            time_ns: wall_ns(),
+        }
+    }
+
+    fn settle(&mut self) -> anyhow::Result<()> {
+        let mount = &self.volume.mount_point;
+        let epoch = match sentinel::read(mount) {
+            Ok(found) if found.closed && found.epoch > self.last_word().0 => found.epoch,
+            _ => {
+                let epoch = self.new_epoch();
+                replay::finish(mount, &self.sentinel(epoch))?;
+                epoch
+            }
+        };
+        self.node.ledger.update(&self.volume.name, |claim| {
+            claim.phase = Phase::Settled;
+            claim.epoch = epoch;
+            claim.epoch_state = EpochState::Closed;
+            claim.last_mirrored = Seq(0);
+        })?;
+        let saved = self.saved();
+        if saved.exists() {
+            std::fs::rename(&saved, saved.with_extension("merged"))?;
+        }
+        Ok(())
+    }
+}
+
+fn nothing(why: &NothingToDo) -> String {
+    match why {
+        NothingToDo::Durable { sentinel, last } => {
+            format!("everything up to record {sentinel} is durable, the region ends with {last}")
+        }
+        NothingToDo::Finished { epoch } => {
+            format!("the volume is in epoch {epoch} already: it was merged before")
+        }
+    }
+}
+
+/// Runs the volume's serve command, if it has one.
+///
+/// # Errors
+/// When it fails: the volume is mounted then, and nobody was told to serve it.
+pub async fn run_serve_command(node: &Node, volume: &Volume) -> anyhow::Result<()> {
+    let Some(words) = &volume.serve_command else {
+        return Ok(());
+    };
+    let mount_point = volume.mount_point.display().to_string();
+    let replace = [
+        ("volume", volume.name.as_str()),
+        ("mount_point", mount_point.as_str()),
+    ];
+    let ran = command::run(words, &replace, SERVE_LIMIT)
+        .await
+        .context("serve_command")?;
+    node.events.record(ran.event("serve"));
+    ensure!(
+        ran.outcome == command::Outcome::Succeeded,
+        "serve_command {}: {}",
+        ran.told(),
+        ran.output
+    );
+    Ok(())
+}
+
+/// Runs blocking work without holding up the other tasks.
+fn blocking<T>(work: impl FnOnce() -> anyhow::Result<T>) -> StepResult<T> {
+    tokio::task::block_in_place(work).map_err(Into::into)
+}
+
+impl TakeoverDriver for Successor {
+    fn now(&self) -> Stamp {
+        Stamp {
+            monotonic: self.began.elapsed(),
+            wall_ms: wall_ms(),
+        }
+    }
+
+    fn report(&mut self, event: Event) {
+        self.node.events.record(event);
+    }
+
+    async fn claim(&mut self) -> StepResult {
+        let state = self.node.peer_state();
+        let reported = self.node.ledger.peer_report();
+        let unmerged = reported
+            .and_then(|report| report.volumes.get(&self.volume.name).map(|c| c.phase))
+            == Some(Phase::Unmerged);
+        if !unmerged && matches!(state, PeerState::Alive | PeerState::LinkSilent) {
+            return Err(anyhow!("node {} is heard again", self.node.peer).into());
+        }
+        let own = self.node.ledger.claim(&self.volume.name);
+        if own.is_some_and(|c| c.owner == self.node.id && c.phase != Phase::Settled) {
+            return Ok(());
+        }
+        let known = self.known();
+        let claim = VolumeClaim::change(self.node.id.clone(), Phase::Claiming, &known);
+        blocking(|| Ok(self.node.ledger.publish(&self.volume.name, &claim)?))
+    }
+
+    async fn fence(&mut self, _: &Claimed) -> StepResult {
+        let cluster = &self.node.config.cluster;
+        let words = cluster.fence_command.as_deref().unwrap_or_default();
+        let limit = Duration::try_from(cluster.fence_timeout).unwrap_or_default();
+        fence(words, &self.node.peer, limit, &self.node.events).await?;
+        Ok(())
+    }
+
+    async fn claim_merging(&mut self, _: &Fenced) -> StepResult {
+        let node = &self.node;
+        blocking(|| {
+            Ok(node
+                .ledger
+                .update(&self.volume.name, |c| c.phase = Phase::Merging)?)
+        })
+    }
+
+    async fn revoke(&mut self, _: &Fenced) -> StepResult {
+        let host = self.node.regions.get(&self.volume.name);
+        blocking(|| Ok(host.map_or(Ok(()), |host| lock(host).seal())?))
+    }
+
+    async fn save_region(&mut self, _: &Revoked) -> StepResult {
+        blocking(|| self.save())
+    }
+
+    async fn mount(&mut self, _: &Saved) -> StepResult {
+        blocking(|| self.mount_it())
+    }
+
+    async fn judge(&mut self, _: &Mounted) -> StepResult<Judgement> {
+        blocking(|| self.judge_it())
+    }
+
+    async fn replay(&mut self, _: &Judged) -> StepResult<Merged> {
+        blocking(|| self.merge_it())
+    }
+
+    async fn open_epoch(&mut self, _: &Replayed) -> StepResult {
+        blocking(|| self.settle())
+    }
+
+    fn serve(&mut self, _: &Settled) -> impl Future<Output = StepResult> + Send {
+        let (node, volume) = (Arc::clone(&self.node), self.volume.clone());
+        async move { Ok(run_serve_command(&node, &volume).await?) }
+    }
+
+    async fn withdraw(&mut self) -> StepResult {
+        let known = self.known();
+        let claim = VolumeClaim::change(self.node.peer.clone(), Phase::Settled, &known);
+        blocking(|| Ok(self.node.ledger.publish(&self.volume.name, &claim)?))
+    }
+}

@@ -1,0 +1,370 @@
+//! The board: what the agent's threads know, where status, metrics and log lines read it.
+//!
+//! One writer per field (the thread that owns the fact), any number of readers. The board never
+//! decides anything: it is looked at, not acted upon.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::ids::{Epoch, NodeId, Seq};
+use crate::status::{
+    AgentStatus, PeerState, PeerStatus, Protection, Role, TakeoverStatus, VolumeStatus,
+};
+
+/// How many operation kinds there are room for; indexed by `twinwrite_abi::op`.
+pub const OPERATIONS: usize = 16;
+/// Upper bounds of the capture-to-mirrored latency histogram, seconds.
+pub const LATENCY_BOUNDS_SECONDS: [f64; 14] = [
+    0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05,
+    0.25, 1.0, 5.0,
+];
+
+/// A mirroring thread that has not turned for this long is not believed, microseconds.
+const STALE_US: i64 = 5_000_000;
+
+/// A number one thread writes and others read.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU64);
+
+impl Gauge {
+    /// Replaces the value.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+    /// Adds to the value.
+    pub fn add(&self, value: u64) {
+        self.0.fetch_add(value, Ordering::Relaxed);
+    }
+    /// The value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The words of a volume that change together.
+#[derive(Clone, Debug)]
+pub struct VolumeWords {
+    /// What this node is to the volume.
+    pub role: Role,
+    /// Its protection.
+    pub protection: Protection,
+    /// Why it is not protected, with the remedy.
+    pub reason: String,
+    /// The takeover this agent carried out or carries out.
+    pub takeover: Option<TakeoverStatus>,
+}
+
+/// One volume's numbers.
+#[derive(Debug)]
+pub struct VolumeBoard {
+    /// Its name.
+    pub name: String,
+    /// `rdma` or `tcp`.
+    pub link: &'static str,
+    words: Mutex<VolumeWords>,
+    /// Running or last epoch.
+    pub epoch: Gauge,
+    /// Last record in the ring.
+    pub captured_seq: Gauge,
+    /// Last record in the region.
+    pub mirrored_seq: Gauge,
+    /// Last record purged.
+    pub purged_seq: Gauge,
+    /// Records captured and not mirrored.
+    pub lag_records: Gauge,
+    /// Their bytes.
+    pub lag_bytes: Gauge,
+    /// Age of the oldest of them, microseconds, at the last look.
+    pub lag_us: Gauge,
+    /// The largest `lag_records` of the last 10 to 20 seconds.
+    pub lag_records_peak: Gauge,
+    /// The largest `lag_us` of the last 10 to 20 seconds.
+    pub lag_us_peak: Gauge,
+    /// Bytes in the region not purged.
+    pub unpurged_bytes: Gauge,
+    /// Bytes of the region's log.
+    pub region_bytes: Gauge,
+    /// Age of the oldest unflushed record, microseconds.
+    pub oldest_unflushed_age_us: Gauge,
+    /// Whether the ring's own memory is the source of the RDMA writes.
+    pub zero_copy: AtomicBool,
+    /// Records by operation.
+    pub records: [Gauge; OPERATIONS],
+    /// Bytes written by operation (payload of WRITE, spans of the others).
+    pub bytes: [Gauge; OPERATIONS],
+    /// Events lost because the ring was full.
+    pub drops: Gauge,
+    /// Writes whose bytes the agent had to fill from the page cache.
+    pub fills: Gauge,
+    /// Hook runs the kernel skipped.
+    pub recursion_misses: Gauge,
+    /// Noticed and uncaptured changes, by `twinwrite_abi::gap`.
+    pub gaps: [Gauge; twinwrite_abi::gap::COUNT],
+    /// Checkpoints that proved durability.
+    pub checkpoints: Gauge,
+    /// Checkpoints that failed.
+    pub checkpoint_failures: Gauge,
+    /// Epochs closed.
+    pub epochs_closed: Gauge,
+    /// Sleeps that only the safety timeout ended although records were there: must stay 0.
+    pub missed_wakeups: Gauge,
+    /// Monotonic time at which the mirroring thread last turned, microseconds; -1: it need not.
+    turned_us: AtomicI64,
+    /// Monotonic time of the last proof, microseconds since the board began; -1 is never.
+    last_proof_us: AtomicI64,
+    /// Frames completed per latency bucket (not cumulative); the last is beyond all bounds.
+    pub latency_counts: [Gauge; LATENCY_BOUNDS_SECONDS.len() + 1],
+    /// Sum of latencies, microseconds.
+    pub latency_sum_us: Gauge,
+    started: Instant,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The guarded data are plain values that are never left half-written.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl VolumeBoard {
+    fn new(name: &str, link: &'static str) -> Self {
+        Self {
+            name: name.to_owned(),
+            link,
+            words: Mutex::new(VolumeWords {
+                role: Role::None,
+                protection: Protection::Suspended,
+                reason: "starting".to_owned(),
+                takeover: None,
+            }),
+            epoch: Gauge::default(),
+            captured_seq: Gauge::default(),
+            mirrored_seq: Gauge::default(),
+            purged_seq: Gauge::default(),
+            lag_records: Gauge::default(),
+            lag_bytes: Gauge::default(),
+            lag_us: Gauge::default(),
+            lag_records_peak: Gauge::default(),
+            lag_us_peak: Gauge::default(),
+            unpurged_bytes: Gauge::default(),
+            region_bytes: Gauge::default(),
+            oldest_unflushed_age_us: Gauge::default(),
+            zero_copy: AtomicBool::new(false),
+            records: Default::default(),
+            bytes: Default::default(),
+            drops: Gauge::default(),
+            fills: Gauge::default(),
+            recursion_misses: Gauge::default(),
+            gaps: Default::default(),
+            checkpoints: Gauge::default(),
+            checkpoint_failures: Gauge::default(),
+            epochs_closed: Gauge::default(),
+            missed_wakeups: Gauge::default(),
+            turned_us: AtomicI64::new(-1),
+            last_proof_us: AtomicI64::new(-1),
+            latency_counts: Default::default(),
+            latency_sum_us: Gauge::default(),
+            started: Instant::now(),
+        }
+    }
+
+    /// A copy of the words. `protected` is not believed of a mirroring thread that does not run.
+    pub fn words(&self) -> VolumeWords {
+        let mut words = lock(&self.words).clone();
+        let turned_us = self.turned_us.load(Ordering::Relaxed);
+        let silent_us = self.now_us().saturating_sub(turned_us);
+        if words.protection == Protection::Protected && turned_us >= 0 && silent_us > STALE_US {
+            words.protection = Protection::Exposed;
+            words.reason = format!(
+                "the mirroring thread has not run for {} s: the disk, the mailbox or this machine \
+                 hangs",
+                silent_us / 1_000_000
+            );
+        }
+        words
+    }
+
+    fn now_us(&self) -> i64 {
+        i64::try_from(self.started.elapsed().as_micros()).unwrap_or(i64::MAX)
+    }
+
+    /// The mirroring thread runs.
+    pub fn turned(&self) {
+        self.turned_us.store(self.now_us(), Ordering::Relaxed);
+    }
+
+    /// There is no mirroring thread that must run.
+    pub fn rests(&self) {
+        self.turned_us.store(-1, Ordering::Relaxed);
+    }
+
+    /// Changes role, protection and reason; a change of protection or reason is logged once.
+    pub fn say(&self, role: Role, protection: Protection, reason: &str) {
+        let mut words = lock(&self.words);
+        if (words.role, words.protection, words.reason.as_str()) == (role, protection, reason) {
+            return;
+        }
+        let (old_role, old_protection) = (words.role, words.protection);
+        words.role = role;
+        words.protection = protection;
+        reason.clone_into(&mut words.reason);
+        drop(words);
+        let volume = &self.name;
+        if role == Role::Owner && matches!(protection, Protection::Exposed | Protection::Alone) {
+            tracing::warn!(%volume, ?role, ?protection, reason, "protection changed");
+        } else if (old_role, old_protection) != (role, protection) {
+            tracing::info!(%volume, ?role, ?protection, reason, "protection changed");
+        } else {
+            tracing::info!(%volume, reason, "still {protection:?}");
+        }
+    }
+
+    /// Publishes the progress of a takeover.
+    pub fn tell_takeover(&self, takeover: TakeoverStatus) {
+        lock(&self.words).takeover = Some(takeover);
+    }
+
+    /// Notes that a checkpoint has just proved durability.
+    pub fn proved(&self) {
+        self.checkpoints.add(1);
+        self.last_proof_us.store(self.now_us(), Ordering::Relaxed);
+    }
+
+    /// Age of the last proof, milliseconds; `u64::MAX` if there was none.
+    pub fn proof_age_ms(&self) -> u64 {
+        let at = self.last_proof_us.load(Ordering::Relaxed);
+        let now = self.now_us();
+        if at < 0 {
+            u64::MAX
+        } else {
+            u64::try_from((now - at) / 1000).unwrap_or(0)
+        }
+    }
+
+    /// Counts one frame that took this long from capture to the mirror's memory.
+    pub fn latency(&self, us: u64) {
+        let seconds = us as f64 / 1e6;
+        let bucket = LATENCY_BOUNDS_SECONDS.partition_point(|bound| *bound < seconds);
+        self.latency_counts[bucket].add(1);
+        self.latency_sum_us.add(us);
+    }
+
+    fn status(&self) -> VolumeStatus {
+        let words = self.words();
+        VolumeStatus {
+            name: self.name.clone(),
+            role: words.role,
+            protection: words.protection,
+            reason: words.reason,
+            epoch: Epoch(self.epoch.get()),
+            captured_seq: Seq(self.captured_seq.get()),
+            mirrored_seq: Seq(self.mirrored_seq.get()),
+            purged_seq: Seq(self.purged_seq.get()),
+            lag_records: self.lag_records.get(),
+            lag_bytes: self.lag_bytes.get(),
+            lag_us: self.lag_us.get(),
+            unpurged_bytes: self.unpurged_bytes.get(),
+            region_bytes: self.region_bytes.get(),
+            oldest_unflushed_age_us: self.oldest_unflushed_age_us.get(),
+            checkpoint_age_ms: self.proof_age_ms(),
+            zero_copy: self.zero_copy.load(Ordering::Relaxed),
+            link: self.link.to_owned(),
+            takeover: words.takeover,
+        }
+    }
+}
+
+/// One peer's signs of life.
+#[derive(Debug)]
+pub struct PeerBoard {
+    /// Its name.
+    pub node: NodeId,
+    state: Mutex<PeerState>,
+    /// Age of its last heartbeat over the link, milliseconds.
+    pub heartbeat_age_ms: Gauge,
+    /// Age of its last heartbeat in the mailbox, milliseconds.
+    pub mailbox_age_ms: Gauge,
+}
+
+impl PeerBoard {
+    /// How the peer looks.
+    pub fn state(&self) -> PeerState {
+        *lock(&self.state)
+    }
+    /// Replaces it.
+    pub fn set_state(&self, state: PeerState) {
+        *lock(&self.state) = state;
+    }
+}
+
+/// Everything one agent knows of itself.
+#[derive(Debug)]
+pub struct Board {
+    /// This node.
+    pub node: NodeId,
+    started: Instant,
+    peers: Vec<Arc<PeerBoard>>,
+    volumes: BTreeMap<String, Arc<VolumeBoard>>,
+}
+
+impl Board {
+    /// A board for these peers and volumes (name, link).
+    pub fn new(node: NodeId, peers: &[NodeId], volumes: &[(String, &'static str)]) -> Self {
+        let peers = peers
+            .iter()
+            .map(|node| {
+                Arc::new(PeerBoard {
+                    node: node.clone(),
+                    state: Mutex::new(PeerState::Unknown),
+                    heartbeat_age_ms: Gauge::default(),
+                    mailbox_age_ms: Gauge::default(),
+                })
+            })
+            .collect();
+        let volumes = volumes
+            .iter()
+            .map(|(name, link)| (name.clone(), Arc::new(VolumeBoard::new(name, link))))
+            .collect();
+        Self {
+            node,
+            started: Instant::now(),
+            peers,
+            volumes,
+        }
+    }
+
+    /// The board of one volume.
+    pub fn volume(&self, name: &str) -> Option<Arc<VolumeBoard>> {
+        self.volumes.get(name).cloned()
+    }
+
+    /// All volumes.
+    pub fn volumes(&self) -> impl Iterator<Item = &Arc<VolumeBoard>> {
+        self.volumes.values()
+    }
+
+    /// All peers.
+    pub fn peers(&self) -> &[Arc<PeerBoard>] {
+        &self.peers
+    }
+
+    /// What `twinwrite status` tells.
+    pub fn status(&self) -> AgentStatus {
+        AgentStatus {
+            node: self.node.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_s: self.started.elapsed().as_secs(),
+            peers: self
+                .peers
+                .iter()
+                .map(|peer| PeerStatus {
+                    node: peer.node.clone(),
+                    state: peer.state(),
+                    heartbeat_age_ms: peer.heartbeat_age_ms.get(),
+                    mailbox_age_ms: peer.mailbox_age_ms.get(),
+                })
+                .collect(),
+            volumes: self.volumes.values().map(|v| v.status()).collect(),
+        }
+    }
+}

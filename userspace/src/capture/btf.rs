@@ -1,0 +1,221 @@
+//! Offsets and enum values of the running kernel, from its BTF.
+//!
+//! Each global of the eBPF side is looked up under the names the member had over time. It must
+//! never guess: a member that is missing under all its names is an error.
+
+use std::path::Path;
+
+use btf_rs::{Btf, BtfType, Struct, Type};
+
+use super::CaptureError;
+
+/// Where the kernel shows its types.
+pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// `I_LINKABLE` of kernels where it is a macro (include/linux/fs.h, 6.1 to 6.16).
+const I_LINKABLE_MACRO: u64 = 1 << 10;
+
+/// A global of the eBPF side that is a member's offset: its name, the structure, and the member's
+/// names, newest first.
+type Member = (&'static str, &'static str, &'static [&'static str]);
+
+const MEMBERS: &[Member] = &[
+    ("KIOCB_FILP", "kiocb", &["ki_filp"]),
+    ("KIOCB_POS", "kiocb", &["ki_pos"]),
+    ("FILE_INODE", "file", &["f_inode"]),
+    ("INODE_SB", "inode", &["i_sb"]),
+    ("INODE_INO", "inode", &["i_ino"]),
+    ("INODE_GENERATION", "inode", &["i_generation"]),
+    ("INODE_MODE", "inode", &["i_mode"]),
+    ("INODE_SIZE", "inode", &["i_size"]),
+    ("INODE_UID", "inode", &["i_uid"]),
+    ("INODE_GID", "inode", &["i_gid"]),
+    ("INODE_RDEV", "inode", &["i_rdev"]),
+    ("INODE_NLINK", "inode", &["i_nlink"]),
+    ("INODE_STATE", "inode", &["i_state"]),
+    (
+        "INODE_MTIME_SEC",
+        "inode",
+        &["i_mtime_sec", "__i_mtime.tv_sec", "i_mtime.tv_sec"],
+    ),
+    (
+        "INODE_MTIME_NSEC",
+        "inode",
+        &["i_mtime_nsec", "__i_mtime.tv_nsec", "i_mtime.tv_nsec"],
+    ),
+    (
+        "INODE_ATIME_SEC",
+        "inode",
+        &["i_atime_sec", "__i_atime.tv_sec", "i_atime.tv_sec"],
+    ),
+    (
+        "INODE_ATIME_NSEC",
+        "inode",
+        &["i_atime_nsec", "__i_atime.tv_nsec", "i_atime.tv_nsec"],
+    ),
+    ("SB_DEV", "super_block", &["s_dev"]),
+    ("DENTRY_PARENT", "dentry", &["d_parent"]),
+    ("DENTRY_INODE", "dentry", &["d_inode"]),
+    ("DENTRY_NAME", "dentry", &["d_name.name", "__d_name.name"]),
+    ("DENTRY_NAME_LEN", "dentry", &["d_name.len", "__d_name.len"]),
+    ("ITER_TYPE", "iov_iter", &["iter_type"]),
+    ("ITER_OFFSET", "iov_iter", &["iov_offset"]),
+    ("ITER_IOV", "iov_iter", &["__iov", "iov"]),
+    ("ITER_UBUF_ADDRESS", "iov_iter", &["ubuf"]),
+    ("IATTR_VALID", "iattr", &["ia_valid"]),
+    ("RENAME_OLD_DENTRY", "renamedata", &["old_dentry"]),
+    ("RENAME_FLAGS", "renamedata", &["flags"]),
+    ("FAULT_VMA", "vm_fault", &["vma"]),
+    ("VMA_FILE", "vm_area_struct", &["vm_file"]),
+    ("DIO_IOCB", "iomap_dio", &["iocb"]),
+    ("DIO_FLAGS", "iomap_dio", &["flags"]),
+];
+
+/// As [`MEMBERS`], but a kernel may be built without them: their programs are then refused.
+const OPTIONAL_MEMBERS: &[Member] = &[("INODE_DEFAULT_ACL", "inode", &["i_default_acl"])];
+
+/// Globals that are enum values: name, enum, value's name.
+const VALUES: &[(&str, &str, &str)] = &[
+    ("ITER_UBUF", "iter_type", "ITER_UBUF"),
+    ("ITER_IOVEC", "iter_type", "ITER_IOVEC"),
+];
+
+/// The running kernel's types.
+pub(super) struct KernelTypes {
+    btf: Btf,
+}
+
+impl KernelTypes {
+    /// Reads the running kernel's BTF.
+    ///
+    /// # Errors
+    /// [`CaptureError::NoBtf`].
+    pub(super) fn read() -> Result<Self, CaptureError> {
+        Self::read_from(Path::new(KERNEL_BTF))
+    }
+
+    /// Reads a file of raw BTF.
+    ///
+    /// # Errors
+    /// [`CaptureError::NoBtf`].
+    pub(super) fn read_from(path: &Path) -> Result<Self, CaptureError> {
+        let failed = |reason: String| CaptureError::NoBtf {
+            path: path.to_owned(),
+            reason,
+        };
+        // Read whole: sysfs files cannot be mapped before Linux 6.16.
+        let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let btf = Btf::from_bytes(&bytes).map_err(|error| failed(error.to_string()))?;
+        Ok(Self { btf })
+    }
+
+    /// Every global of the eBPF side but the volume's device, with its value for this kernel.
+    ///
+    /// # Errors
+    /// [`CaptureError::NoMember`].
+    pub(super) fn globals(&self) -> Result<Vec<(&'static str, u64)>, CaptureError> {
+        let mut globals = Vec::with_capacity(MEMBERS.len() + VALUES.len() + 1);
+        for (global, structure, members) in MEMBERS {
+            let offset = members
+                .iter()
+                .find_map(|member| self.offset(structure, member));
+            let offset = offset.ok_or_else(|| {
+                CaptureError::NoMember(format!("member {structure}.{}", members.join(" or .")))
+            })?;
+            globals.push((*global, offset));
+        }
+        for (global, structure, members) in OPTIONAL_MEMBERS {
+            if let Some(offset) = members
+                .iter()
+                .find_map(|member| self.offset(structure, member))
+            {
+                globals.push((*global, offset));
+            }
+        }
+        for (global, enumeration, value) in VALUES {
+            let found = self.enum_value(enumeration, value).ok_or_else(|| {
+                CaptureError::NoMember(format!("value {value} of enum {enumeration}"))
+            })?;
+            globals.push((*global, found));
+        }
+        let linkable = self.enum_value("inode_state_flags_enum", "I_LINKABLE");
+        globals.push(("I_LINKABLE", linkable.unwrap_or(I_LINKABLE_MACRO)));
+        Ok(globals)
+    }
+
+    /// Whether the kernel has a function of this name that programs can name.
+    #[must_use]
+    pub(super) fn has_function(&self, name: &str) -> bool {
+        self.btf
+            .resolve_types_by_name(name)
+            .is_ok_and(|types| types.iter().any(|t| matches!(t, Type::Func(_))))
+    }
+
+    /// Byte offset of `path` (`d_name.len`) in a structure, through anonymous members.
+    #[must_use]
+    pub(super) fn offset(&self, structure: &str, path: &str) -> Option<u64> {
+        let types = self.btf.resolve_types_by_name(structure).ok()?;
+        let mut current = types.into_iter().find_map(|t| match t {
+            Type::Struct(s) => Some(s),
+            _ => None,
+        })?;
+        let mut bits = 0;
+        let mut parts = path.split('.').peekable();
+        while let Some(part) = parts.next() {
+            let (at, inner) = self.member(&current, part)?;
+            bits += at;
+            if parts.peek().is_some() {
+                current = inner?;
+            }
+        }
+        (bits % 8 == 0).then_some(u64::from(bits / 8))
+    }
+
+    /// Bit offset of a member, and its structure if it is one.
+    fn member(&self, structure: &Struct, want: &str) -> Option<(u32, Option<Struct>)> {
+        for member in &structure.members {
+            let name = self.btf.resolve_name(member).unwrap_or_default();
+            if name == want {
+                if member.bitfield_size().is_some_and(|bits| bits != 0) {
+                    return None;
+                }
+                return Some((member.bit_offset(), self.structure(member)));
+            }
+            if name.is_empty()
+                && let Some(inner) = self.structure(member)
+                && let Some((at, found)) = self.member(&inner, want)
+            {
+                return Some((member.bit_offset() + at, found));
+            }
+        }
+        None
+    }
+
+    /// The structure or union a member is of, behind typedefs and qualifiers.
+    fn structure(&self, member: &dyn BtfType) -> Option<Struct> {
+        for found in self.btf.chained_type_iter(member) {
+            match found {
+                Type::Struct(s) | Type::Union(s) => return Some(s),
+                Type::Typedef(_) | Type::Const(_) | Type::Volatile(_) | Type::TypeTag(_) => {}
+                _ => return None,
+            }
+        }
+        None
+    }
+
+    fn enum_value(&self, enumeration: &str, value: &str) -> Option<u64> {
+        for found in self.btf.resolve_types_by_name(enumeration).ok()? {
+            let Type::Enum(found) = found else { continue };
+            for member in &found.members {
+                if self
+                    .btf
+                    .resolve_name(member)
+                    .is_ok_and(|name| name == value)
+                {
+                    return Some(member.val().into());
+                }
+            }
+        }
+        None
+    }
+}

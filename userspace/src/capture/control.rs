@@ -1,0 +1,95 @@
+//! The control words shared with the eBPF programs.
+//!
+//! One writer each (see `twinwrite_abi::control`): this side never writes a slot of the programs.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use twinwrite_abi::{CONTROL_SLOTS, control, gap};
+
+use super::CaptureError;
+use super::sys::{Mapping, page_bytes};
+
+/// How often each gap reason occurred, by index of [`twinwrite_abi::gap`].
+pub type GapCounts = [u64; gap::COUNT];
+
+/// The control words of one volume; clones share them.
+#[derive(Clone, Debug)]
+pub struct Control {
+    map: Arc<Mapping>,
+}
+
+impl Control {
+    /// Maps the control map.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`].
+    pub fn map(fd: BorrowedFd<'_>) -> Result<Self, CaptureError> {
+        let bytes = (CONTROL_SLOTS * 8).next_multiple_of(page_bytes());
+        let map = Mapping::new(fd, 0, bytes, true, "the control map")?;
+        Ok(Self { map: Arc::new(map) })
+    }
+
+    fn word(&self, slot: usize) -> &AtomicU64 {
+        assert!(slot < CONTROL_SLOTS, "control slot {slot} does not exist");
+        // SAFETY: the mapping holds CONTROL_SLOTS words, is page-aligned, lives as long as `self`,
+        // and other parties touch the words with single loads, stores and atomics only.
+        unsafe { self.map.start().cast::<AtomicU64>().add(slot).as_ref() }
+    }
+
+    /// Reads a word.
+    #[must_use]
+    pub fn get(&self, slot: usize) -> u64 {
+        self.word(slot).load(Ordering::Acquire)
+    }
+
+    /// Writes a word of the agent.
+    pub fn set(&self, slot: usize, value: u64) {
+        self.word(slot).store(value, Ordering::Release);
+    }
+
+    /// Records submitted since the programs were loaded.
+    #[must_use]
+    pub fn records(&self) -> u64 {
+        self.get(control::RECORDS)
+    }
+
+    /// Events lost because the ring was full.
+    #[must_use]
+    pub fn drops(&self) -> u64 {
+        self.get(control::DROPS)
+    }
+
+    /// Writes whose bytes could not be copied at exit.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.get(control::FAULTS)
+    }
+
+    /// How often each gap reason occurred.
+    #[must_use]
+    pub fn gaps(&self) -> GapCounts {
+        std::array::from_fn(|reason| self.get(control::GAPS + reason))
+    }
+
+    /// How many of each reason were acknowledged.
+    #[must_use]
+    pub fn gaps_acknowledged(&self) -> GapCounts {
+        std::array::from_fn(|reason| self.get(control::GAPS_SEEN + reason))
+    }
+
+    /// Acknowledges what `gaps` told: the next one of each reason writes a GAP record again. One that
+    /// occurred after `gaps` was read wrote none: ask [`Self::has_new_gap`] afterwards.
+    pub fn acknowledge_gaps(&self, seen: &GapCounts) {
+        for (reason, count) in seen.iter().enumerate() {
+            self.set(control::GAPS_SEEN + reason, *count);
+        }
+    }
+
+    /// Whether a gap has occurred that is not acknowledged.
+    #[must_use]
+    pub fn has_new_gap(&self) -> bool {
+        self.gaps() != self.gaps_acknowledged()
+    }
+}

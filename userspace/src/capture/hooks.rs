@@ -1,0 +1,98 @@
+//! The table of hooks: which program hangs on which kernel function, and what is lost without it.
+//!
+//! A row's index is a bit in a pinned word, so rows are only appended between releases.
+
+use twinwrite_abi::gap;
+
+use super::Filesystem;
+
+/// What a volume loses without a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Capture cannot do without.
+    Always,
+    /// Capture of this file system cannot do without.
+    On(Filesystem),
+    /// Changes of this gap reason go unnoticed without it.
+    Notices(usize),
+    /// Another hook sees the same on kernels that lack this one.
+    Covered,
+}
+
+/// How a program hangs on a kernel function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// At the function's entry.
+    Entry,
+    /// At its exit.
+    Exit,
+    /// On a security hook.
+    Lsm,
+}
+
+/// One program and the kernel function it hangs on.
+#[derive(Clone, Copy, Debug)]
+pub struct Hook {
+    /// Program's name in the object.
+    pub program: &'static str,
+    /// How it hangs.
+    pub kind: Kind,
+    /// Kernel function or security hook.
+    pub function: &'static str,
+    /// What is lost without it.
+    pub need: Need,
+}
+
+const fn hook(program: &'static str, kind: Kind, function: &'static str, need: Need) -> Hook {
+    Hook {
+        program,
+        kind,
+        function,
+        need,
+    }
+}
+
+/// All hooks. The index of a hook is its bit in the control slot `DISABLED`.
+#[rustfmt::skip]
+pub const HOOKS: &[Hook] = &[
+    hook("write_generic", Kind::Exit, "generic_perform_write", Need::On(Filesystem::Ext4)),
+    hook("write_iomap", Kind::Exit, "iomap_file_buffered_write", Need::On(Filesystem::Xfs)),
+    hook("name_instantiate", Kind::Exit, "d_instantiate", Need::Always),
+    hook("name_instantiate_new", Kind::Exit, "d_instantiate_new", Need::On(Filesystem::Ext4)),
+    hook("name_tmpfile", Kind::Exit, "d_tmpfile", Need::Always),
+    hook("name_symlink", Kind::Exit, "vfs_symlink", Need::Always),
+    hook("name_delete", Kind::Entry, "d_delete", Need::Always),
+    hook("name_move", Kind::Entry, "d_move", Need::Always),
+    hook("name_exchange", Kind::Entry, "d_exchange", Need::Always),
+    hook("attributes_change", Kind::Exit, "notify_change", Need::Always),
+    hook("sync_range_enter", Kind::Entry, "vfs_fsync_range", Need::Always),
+    hook("sync_range_exit", Kind::Exit, "vfs_fsync_range", Need::Always),
+    hook("sync_whole_enter", Kind::Entry, "vfs_fsync", Need::Covered),
+    hook("sync_whole_exit", Kind::Exit, "vfs_fsync", Need::Covered),
+    hook("sync_file", Kind::Exit, "file_write_and_wait_range", Need::Always),
+    hook("sync_fsync_enter", Kind::Entry, "__x64_sys_fsync", Need::Covered),
+    hook("sync_fsync_exit", Kind::Exit, "__x64_sys_fsync", Need::Covered),
+    hook("sync_fdatasync_enter", Kind::Entry, "__x64_sys_fdatasync", Need::Covered),
+    hook("sync_fdatasync_exit", Kind::Exit, "__x64_sys_fdatasync", Need::Covered),
+    hook("sync_fsync32_enter", Kind::Entry, "__ia32_sys_fsync", Need::Covered),
+    hook("sync_fsync32_exit", Kind::Exit, "__ia32_sys_fsync", Need::Covered),
+    hook("sync_fdatasync32_enter", Kind::Entry, "__ia32_sys_fdatasync", Need::Covered),
+    hook("sync_fdatasync32_exit", Kind::Exit, "__ia32_sys_fdatasync", Need::Covered),
+    hook("gap_fallocate", Kind::Exit, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
+    hook("gap_remap_begin", Kind::Exit, "generic_remap_file_range_prep", Need::Notices(gap::REMAP)),
+    hook("gap_remap_clone", Kind::Exit, "vfs_clone_file_range", Need::Notices(gap::REMAP)),
+    hook("gap_remap_copy", Kind::Exit, "vfs_copy_file_range", Need::Notices(gap::REMAP)),
+    hook("gap_mapping", Kind::Exit, "do_page_mkwrite", Need::Notices(gap::MAPPING)),
+    hook("gap_direct_io", Kind::Entry, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
+    hook("gap_xattr_set", Kind::Exit, "__vfs_setxattr_noperm", Need::Notices(gap::XATTR)),
+    hook("gap_xattr_remove", Kind::Exit, "__vfs_removexattr_locked", Need::Notices(gap::XATTR)),
+    hook("gap_xattr_drop", Kind::Exit, "__vfs_removexattr", Need::Notices(gap::XATTR)),
+    hook("gap_acl_inherit", Kind::Exit, "posix_acl_create", Need::Notices(gap::XATTR)),
+    hook("gap_acl_set", Kind::Exit, "vfs_set_acl", Need::Covered),
+    hook("gap_acl_remove", Kind::Exit, "vfs_remove_acl", Need::Covered),
+    hook("gap_flags", Kind::Exit, "vfs_fileattr_set", Need::Notices(gap::IOCTL)),
+    hook("gap_whiteout", Kind::Exit, "vfs_rename", Need::Notices(gap::WHITEOUT)),
+    hook("gap_ioctl", Kind::Lsm, "file_ioctl", Need::Notices(gap::IOCTL)),
+];
+
+const _: () = assert!(HOOKS.len() <= 64);

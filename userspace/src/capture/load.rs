@@ -1,0 +1,332 @@
+//! Loading, attaching and pinning the programs of one volume, and finding them again.
+//!
+//! Everything is pinned under `/sys/fs/bpf/twinwrite/<volume>/`, so that capture goes on while the
+//! agent restarts. A set is taken over only if it is complete, calibrated, of the same object and
+//! for the same device; otherwise it is removed and made anew. It must never leave two sets of
+//! programs on one volume.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Map, MapData};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::{Program, ProgramError};
+use aya::{Btf, Ebpf, EbpfLoader};
+use twinwrite_abi::{ABI_VERSION, control};
+
+use super::btf::{KERNEL_BTF, KernelTypes};
+use super::control::Control;
+use super::hooks::{HOOKS, Hook, Kind, Need};
+use super::object::{fingerprint, object};
+use super::sys::program_by_id;
+use super::{CaptureError, CaptureOptions};
+
+const PIN_ROOT: &str = "/sys/fs/bpf/twinwrite";
+
+/// A hook this kernel does not offer, and why.
+#[derive(Clone, Debug)]
+pub struct DisabledHook {
+    /// The hook.
+    pub hook: Hook,
+    /// The kernel's words; empty when the set was taken over from an agent before.
+    pub reason: String,
+}
+
+/// The attached programs of a volume.
+pub(super) struct Attached {
+    pub(super) ring: OwnedFd,
+    pub(super) control: Control,
+    pub(super) programs: Vec<OwnedFd>,
+    pub(super) disabled: Vec<DisabledHook>,
+    pub(super) resumed: bool,
+}
+
+/// Where a volume's pins are. bpffs refuses some characters, so they are written as `%xx`.
+pub(super) fn pin_directory(volume: &str) -> PathBuf {
+    use std::fmt::Write as _;
+    let mut name = String::new();
+    for byte in volume.bytes() {
+        if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
+            name.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(name, "%{byte:02x}");
+        }
+    }
+    Path::new(PIN_ROOT).join(name)
+}
+
+fn link_pin(directory: &Path, hook: &Hook) -> PathBuf {
+    directory.join(format!("link-{}", hook.program))
+}
+
+/// Takes over the pinned set, or loads a new one.
+pub(super) fn attach(options: &CaptureOptions) -> Result<Attached, CaptureError> {
+    let directory = pin_directory(&options.volume_name);
+    match reopen(&directory, options) {
+        Ok(attached) => return Ok(attached),
+        Err(reason) => tracing::info!(volume = options.volume_name, "attaching anew: {reason}"),
+    }
+    detach(&options.volume_name)?;
+    load(&directory, options).inspect_err(|_| {
+        // Half a set captures half of the changes: take it away.
+        if let Err(error) = detach(&options.volume_name) {
+            tracing::warn!(volume = options.volume_name, "{error}");
+        }
+    })
+}
+
+/// Removes all pins of a volume, and with them its programs.
+pub(super) fn detach(volume: &str) -> Result<(), CaptureError> {
+    let directory = pin_directory(volume);
+    let failed = |what| {
+        let path = directory.clone();
+        move |source| CaptureError::Pin { what, path, source }
+    };
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(failed("reading")(source)),
+    };
+    for entry in entries {
+        let path = entry.map_err(failed("reading"))?.path();
+        fs::remove_file(&path).map_err(|source| CaptureError::Pin {
+            what: "removing",
+            path,
+            source,
+        })?;
+    }
+    fs::remove_dir(&directory).map_err(failed("removing"))
+}
+
+/// Opens the pinned set; the error says why it cannot be taken over.
+fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String> {
+    if !directory.exists() {
+        return Err("no programs are pinned".to_owned());
+    }
+    let map = |name: &str| {
+        MapData::from_pin(directory.join(name)).map_err(|error| format!("pinned {name}: {error}"))
+    };
+    let control_map = map("control")?;
+    let control = Control::map(control_map.fd().as_fd()).map_err(|error| error.to_string())?;
+    let same = |what: &str, slot, want: u64| {
+        let have = control.get(slot);
+        if have == want {
+            Ok(())
+        } else {
+            Err(format!("pinned {what} is {have}, not {want}"))
+        }
+    };
+    same(
+        "state",
+        control::STATE,
+        control::ATTACHED | control::CALIBRATED,
+    )?;
+    same("format version", control::ABI, ABI_VERSION.into())?;
+    same("object", control::OBJECT, fingerprint())?;
+    same("device", control::DEVICE, options.device.into())?;
+    same(
+        "file system",
+        control::FILESYSTEM,
+        options.filesystem as u64,
+    )?;
+    let ring = map("ring")?;
+    let ring_bytes = ring_bytes_of(&ring).map_err(|error| error.to_string())?;
+    if ring_bytes != options.ring_bytes {
+        return Err(format!(
+            "pinned ring has {ring_bytes} bytes, not {}",
+            options.ring_bytes
+        ));
+    }
+    let mask = control.get(control::DISABLED);
+    let (mut programs, mut disabled) = (Vec::new(), Vec::new());
+    for (index, hook) in HOOKS.iter().enumerate() {
+        if mask >> index & 1 == 1 {
+            disabled.push(DisabledHook {
+                hook: *hook,
+                reason: String::new(),
+            });
+            continue;
+        }
+        let lost = |error: String| format!("pinned hook {}: {error}", hook.function);
+        let link = PinnedLink::from_pin(link_pin(directory, hook));
+        let link = FdLink::from(link.map_err(|error| lost(error.to_string()))?);
+        let info = link.info().map_err(|error| lost(error.to_string()))?;
+        programs.push(program_by_id(info.program_id()).map_err(|error| lost(error.to_string()))?);
+    }
+    let ring = duplicate(&ring).map_err(|error| error.to_string())?;
+    Ok(Attached {
+        ring,
+        control,
+        programs,
+        disabled,
+        resumed: true,
+    })
+}
+
+fn ring_bytes_of(ring: &MapData) -> Result<u32, CaptureError> {
+    let info = ring
+        .info()
+        .map_err(|error| CaptureError::Load(error.to_string()))?;
+    Ok(info.max_entries())
+}
+
+fn duplicate(map: &MapData) -> Result<OwnedFd, CaptureError> {
+    let fd = map.fd().as_fd().try_clone_to_owned();
+    fd.map_err(|source| CaptureError::system("duplicating a map's descriptor", source))
+}
+
+fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureError> {
+    let mut ebpf = load_object(options)?;
+    fs::create_dir_all(directory).map_err(|source| CaptureError::Pin {
+        what: "creating (is bpffs mounted on /sys/fs/bpf?)",
+        path: directory.to_owned(),
+        source,
+    })?;
+    let control_map = take_map(&mut ebpf, "CONTROL")?;
+    let ring_map = take_map(&mut ebpf, "RING")?;
+    for (map, name) in [(&control_map, "control"), (&ring_map, "ring")] {
+        let path = directory.join(name);
+        map.pin(&path).map_err(|error| CaptureError::Pin {
+            what: "pinning",
+            path,
+            source: io::Error::other(error.to_string()),
+        })?;
+    }
+    let control = Control::map(control_map.fd().as_fd())?;
+    control.set(control::AGENT_TGID, std::process::id().into());
+    let (programs, disabled) = attach_all(&mut ebpf, directory, options)?;
+    let mask = HOOKS.iter().enumerate().fold(0, |mask, (index, hook)| {
+        mask | u64::from(disabled.iter().any(|d| d.hook.program == hook.program)) << index
+    });
+    control.set(control::ABI, ABI_VERSION.into());
+    control.set(control::OBJECT, fingerprint());
+    control.set(control::DEVICE, options.device.into());
+    control.set(control::FILESYSTEM, options.filesystem as u64);
+    control.set(control::DISABLED, mask);
+    control.set(control::STATE, control::ATTACHED);
+    Ok(Attached {
+        ring: duplicate(&ring_map)?,
+        control,
+        programs,
+        disabled,
+        resumed: false,
+    })
+}
+
+fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
+    let mut globals = KernelTypes::read()?.globals()?;
+    globals.push(("TARGET_DEV", options.device.into()));
+    let mut loader = EbpfLoader::new();
+    for (name, value) in &globals {
+        loader.override_global(name, value, true);
+    }
+    loader.map_max_entries("RING", options.ring_bytes);
+    loader
+        .load(object()?)
+        .map_err(|error| CaptureError::Load(chain(&error)))
+}
+
+fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<MapData, CaptureError> {
+    match ebpf.take_map(name) {
+        Some(Map::RingBuf(data) | Map::Array(data)) => Ok(data),
+        _ => Err(CaptureError::Load(format!("the object has no map {name}"))),
+    }
+}
+
+type Programs = (Vec<OwnedFd>, Vec<DisabledHook>);
+
+fn attach_all(
+    ebpf: &mut Ebpf,
+    directory: &Path,
+    options: &CaptureOptions,
+) -> Result<Programs, CaptureError> {
+    let btf = Btf::from_sys_fs().map_err(|error| CaptureError::NoBtf {
+        path: KERNEL_BTF.into(),
+        reason: chain(&error),
+    })?;
+    let (mut programs, mut disabled) = (Vec::new(), Vec::new());
+    for hook in HOOKS {
+        match attach_one(ebpf, &btf, hook) {
+            Ok((program, link)) => {
+                let path = link_pin(directory, hook);
+                link.pin(&path).map_err(|error| CaptureError::Pin {
+                    what: "pinning",
+                    path,
+                    source: io::Error::other(chain(&error)),
+                })?;
+                programs.push(program);
+            }
+            Err(reason) => {
+                let essential = match hook.need {
+                    Need::Always => true,
+                    Need::On(filesystem) => filesystem == options.filesystem,
+                    Need::Notices(_) | Need::Covered => false,
+                };
+                if essential {
+                    let (program, hook) = (hook.program, hook.function);
+                    return Err(CaptureError::Hook {
+                        program,
+                        hook,
+                        reason,
+                    });
+                }
+                disabled.push(DisabledHook {
+                    hook: *hook,
+                    reason,
+                });
+            }
+        }
+    }
+    Ok((programs, disabled))
+}
+
+fn attach_one(ebpf: &mut Ebpf, btf: &Btf, hook: &Hook) -> Result<(OwnedFd, FdLink), String> {
+    let words = |error: ProgramError| chain(&error);
+    let program = ebpf
+        .program_mut(hook.program)
+        .ok_or("the object does not have it")?;
+    let link = match (hook.kind, program) {
+        (Kind::Entry, Program::FEntry(program)) => {
+            program.load(hook.function, btf).map_err(words)?;
+            let id = program.attach().map_err(words)?;
+            FdLink::from(program.take_link(id).map_err(words)?)
+        }
+        (Kind::Exit, Program::FExit(program)) => {
+            program.load(hook.function, btf).map_err(words)?;
+            let id = program.attach().map_err(words)?;
+            FdLink::from(program.take_link(id).map_err(words)?)
+        }
+        (Kind::Lsm, Program::Lsm(program)) => {
+            program.load(hook.function, btf).map_err(words)?;
+            let id = program.attach().map_err(words)?;
+            FdLink::from(program.take_link(id).map_err(words)?)
+        }
+        _ => return Err("the object has another kind of program there".to_owned()),
+    };
+    let info = link.info().map_err(|error| error.to_string())?;
+    let program = program_by_id(info.program_id()).map_err(|error| error.to_string())?;
+    Ok((program, link))
+}
+
+/// An error with its causes, on few lines: a verifier's log is cut to its end.
+fn chain(error: &dyn std::error::Error) -> String {
+    const LINES_MAX: usize = 12;
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    let lines: Vec<&str> = text.lines().collect();
+    if lines.len() > LINES_MAX {
+        let end = lines[lines.len() - LINES_MAX..].join("\n");
+        text = format!("{}\n...\n{end}", lines[0]);
+    }
+    text
+}

@@ -1,0 +1,96 @@
+//! What of capture can be tested without loading programs; the rest is verified on every kernel by
+//! calibration itself, in virtual machines.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::handle::Handle;
+use super::load::pin_directory;
+use super::page_cache::{identity_of, identity_of_file};
+use super::{Filesystem, HOOKS, Need, features, to_kernel_device};
+use crate::ids::Identity;
+
+#[test]
+fn pins_of_any_volume_name_stay_in_their_directory() {
+    for (name, want) in [
+        ("vol0", "/sys/fs/bpf/twinwrite/vol0"),
+        ("a.b", "/sys/fs/bpf/twinwrite/a%2eb"),
+        ("../x", "/sys/fs/bpf/twinwrite/%2e%2e%2fx"),
+    ] {
+        assert_eq!(pin_directory(name), Path::new(want));
+    }
+}
+
+#[test]
+fn device_numbers_are_in_the_kernels_form() {
+    assert_eq!(to_kernel_device(libc::makedev(254, 16)), 254 << 20 | 16);
+    assert_eq!(
+        to_kernel_device(libc::makedev(8, 0x12345)),
+        8 << 20 | 0x12345
+    );
+}
+
+#[test]
+fn handles_carry_the_identity_in_both_sizes() {
+    for ino in [12, u64::from(u32::MAX), 1 << 32, u64::MAX] {
+        let identity = Identity {
+            ino,
+            generation: 0x8000_0007,
+        };
+        assert_eq!(Handle::of(identity).identity().ok(), Some(identity));
+    }
+}
+
+#[test]
+fn a_name_and_its_open_file_have_one_identity() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("file");
+    let file = File::create(&path).expect("a file");
+    match (identity_of(&path), identity_of_file(&file)) {
+        (Ok(by_name), Ok(by_file)) => {
+            use std::os::unix::fs::MetadataExt as _;
+            assert_eq!(by_name, by_file);
+            assert_eq!(by_name.ino, file.metadata().expect("metadata").ino());
+        }
+        // A file system of another handle type: both must say so.
+        (by_name, by_file) => assert!(by_name.is_err() && by_file.is_err()),
+    }
+}
+
+#[test]
+fn hooks_are_named_once_and_every_program_is_in_the_object() {
+    for (index, hook) in HOOKS.iter().enumerate() {
+        assert!(
+            HOOKS[..index]
+                .iter()
+                .all(|other| other.program != hook.program),
+            "{hook:?}"
+        );
+    }
+    let Ok(object) = super::object::object() else {
+        return;
+    };
+    for hook in HOOKS {
+        let name = hook.program.as_bytes();
+        assert!(
+            object.windows(name.len()).any(|window| window == name),
+            "{hook:?}"
+        );
+    }
+}
+
+#[test]
+fn each_file_system_has_its_own_write_hook() {
+    for filesystem in [Filesystem::Ext4, Filesystem::Xfs] {
+        assert!(HOOKS.iter().any(|hook| {
+            hook.program.starts_with("write_") && hook.need == Need::On(filesystem)
+        }));
+    }
+}
+
+#[test]
+fn every_missing_feature_comes_with_a_remedy() {
+    for feature in features() {
+        assert!(feature.ok || !feature.remedy.is_empty(), "{feature:?}");
+    }
+}

@@ -1,0 +1,102 @@
+//! The `twinwrite` command: what an administrator types.
+//!
+//! Every subcommand prints for people unless `--json` is given, and says with its exit status how
+//! things are. Nothing here decides anything about a volume.
+
+mod inspect;
+mod offline;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::ids::NodeId;
+
+/// Gives every unflushed write of a file server a twin in a second machine's memory.
+#[derive(Debug, Parser)]
+#[command(name = "twinwrite", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent: protect this node's volumes and mirror its peer's
+    Run(NodeArguments),
+    /// Show how this node's agent, peers and volumes are (exit status 0 healthy, 1 degraded, 2 down)
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Where the agent's socket lives
+        #[arg(long, default_value = "/run/twinwrite")]
+        run_dir: PathBuf,
+    },
+    /// Check a configuration file without running anything
+    CheckConfig(NodeArguments),
+    /// Tell what this host can do and what is missing, with the remedy
+    Doctor {
+        /// Also check what this configuration needs
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Merge a saved region into a mounted volume
+    Replay(offline::ReplayArguments),
+    /// Look at a region file
+    Region {
+        #[command(subcommand)]
+        command: offline::RegionCommand,
+    },
+    /// Give your word that a node is powered off, where no fence command is configured
+    Takeover {
+        /// The node that is powered off and stays off until it was taken over
+        #[arg(long, value_name = "NODE")]
+        confirm_dead: String,
+        /// Where the agent's socket lives
+        #[arg(long, default_value = "/run/twinwrite")]
+        run_dir: PathBuf,
+    },
+    /// Remove a volume's capture programs that an agent left attached
+    Detach {
+        /// The volume's name
+        volume: String,
+    },
+}
+
+/// A configuration, and which of its nodes this is.
+#[derive(Debug, clap::Args)]
+pub struct NodeArguments {
+    /// The configuration file
+    #[arg(long, default_value = "/etc/twinwrite/twinwrite.toml")]
+    pub config: PathBuf,
+    /// This node's name in it; default: the host name
+    #[arg(long)]
+    pub node: Option<String>,
+}
+
+/// Parses the command line and does what it says.
+///
+/// # Errors
+/// Whatever the subcommand failed with, ready to be printed.
+pub fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Run(arguments) => {
+            crate::agent::run(&arguments.config, arguments.node.as_deref())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status { json, run_dir } => status::status(&run_dir, json),
+        Command::CheckConfig(arguments) => inspect::check_config(&arguments),
+        Command::Doctor { config } => inspect::doctor(config.as_deref()),
+        Command::Replay(arguments) => offline::replay(&arguments),
+        Command::Region { command } => offline::region(&command),
+        Command::Takeover {
+            confirm_dead,
+            run_dir,
+        } => status::confirm_dead(&run_dir, NodeId(confirm_dead)),
+        Command::Detach { volume } => inspect::detach(&volume),
+    }
+}

@@ -1,0 +1,317 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const LIMITS: Limits = Limits {
+    heartbeat_interval: Duration::from_millis(500),
+    dead_after: Duration::from_secs(3),
+};
+const X: BootId = BootId([1; 16]);
+const Y: BootId = BootId([2; 16]);
+const Z: BootId = BootId([3; 16]);
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn beat(boot_id: BootId, counter: u64) -> Beat {
+    Beat { boot_id, counter }
+}
+
+fn slot(boot_id: BootId, counter: u64) -> MailboxLook {
+    MailboxLook::Beat {
+        beat: beat(boot_id, counter),
+        word: LastWord::OwnsNothing,
+    }
+}
+
+/// A peer, and a node that looks every 500 ms.
+struct Watch {
+    peer: Liveness,
+    now: Duration,
+    counter: u64,
+    changes: Vec<Change>,
+}
+
+impl Watch {
+    fn new() -> Self {
+        Self {
+            peer: Liveness::new(LIMITS, ms(0)),
+            now: ms(0),
+            counter: 0,
+            changes: Vec::new(),
+        }
+    }
+
+    /// Looks `times`; each path's counter moves or stands still.
+    fn looks(&mut self, times: u64, link_moves: bool, mailbox_moves: bool) -> PeerState {
+        for _ in 0..times {
+            self.now += ms(500);
+            self.counter += 1;
+            let of = |moves: bool| if moves { self.counter } else { 0 };
+            let link = Some(beat(X, of(link_moves)));
+            let changes = self.peer.look(self.now, link, slot(X, of(mailbox_moves)));
+            self.changes.extend(changes);
+        }
+        self.peer.state()
+    }
+}
+
+fn alive() -> Watch {
+    let mut watch = Watch::new();
+    assert_eq!(watch.looks(4, true, true), PeerState::Alive);
+    watch.changes.clear();
+    watch
+}
+
+#[test]
+fn a_peer_that_falls_silent_on_both_paths_is_dead_after_the_limit_and_not_before() {
+    let mut watch = alive();
+    // The first of these looks sees the counter fall back to 0, which is a change.
+    assert_eq!(watch.looks(6, false, false), PeerState::Alive);
+    assert_eq!(watch.looks(1, false, false), PeerState::Dead);
+    assert_eq!(
+        watch.changes,
+        [Change::State {
+            from: PeerState::Alive,
+            to: PeerState::Dead
+        }]
+    );
+    assert_eq!(watch.peer.ages(watch.now), (ms(3000), ms(3000)));
+}
+
+#[test]
+fn one_living_path_is_enough_to_live() {
+    let mut watch = alive();
+    assert_eq!(watch.looks(600, false, true), PeerState::LinkSilent);
+    assert_eq!(watch.looks(1, true, true), PeerState::Alive);
+    assert_eq!(watch.looks(600, true, false), PeerState::MailboxSilent);
+    // The link's window begins when the link falls silent, not when the mailbox did.
+    assert_eq!(watch.looks(6, false, false), PeerState::MailboxSilent);
+    assert_eq!(watch.looks(1, false, false), PeerState::Dead);
+    assert_eq!(watch.looks(1, false, true), PeerState::LinkSilent);
+}
+
+#[test]
+fn a_peer_that_was_never_heard_is_unknown_whatever_old_counter_the_mailbox_holds() {
+    let mut watch = Watch::new();
+    assert_eq!(watch.looks(600, false, false), PeerState::Unknown);
+    let mut peer = Liveness::new(LIMITS, ms(0));
+    for look in 1..600 {
+        peer.look(ms(500 * look), None, MailboxLook::Nothing);
+    }
+    assert_eq!(peer.state(), PeerState::Unknown);
+}
+
+#[test]
+fn a_peer_never_heard_is_dead_after_a_whole_window_if_its_last_word_was_that_it_owns() {
+    let mut peer = Liveness::new(LIMITS, ms(0));
+    let owns = MailboxLook::Beat {
+        beat: beat(X, 41),
+        word: LastWord::Owns,
+    };
+    for look in 1..6 {
+        assert_eq!(peer.look(ms(500 * look), None, owns), []);
+    }
+    let died = Change::State {
+        from: PeerState::Unknown,
+        to: PeerState::Dead,
+    };
+    assert_eq!(peer.look(ms(3000), None, owns), [died]);
+}
+
+#[test]
+fn time_in_which_this_node_stood_still_does_not_count() {
+    let mut watch = alive();
+    watch.looks(5, false, false);
+    // SIGSTOP for ten minutes; the peer's counters are read before it had a chance to be heard.
+    watch.now += ms(600_000);
+    assert_eq!(watch.looks(1, false, false), PeerState::Alive);
+    assert_eq!(watch.changes, [Change::OwnStall { gap: ms(600_500) }]);
+    assert_eq!(watch.looks(5, false, false), PeerState::Alive);
+    assert_eq!(watch.looks(1, false, false), PeerState::Dead);
+}
+
+#[test]
+fn a_node_that_is_always_too_slow_never_calls_its_peer_dead() {
+    let mut watch = alive();
+    for _ in 0..300 {
+        watch.now += ms(600);
+        assert_eq!(watch.looks(1, false, false), PeerState::Alive);
+    }
+}
+
+#[test]
+fn a_stall_brings_no_dead_peer_back_and_no_silent_path_to_life() {
+    let mut watch = alive();
+    watch.looks(7, false, true);
+    watch.now += ms(5000);
+    assert_eq!(watch.looks(1, false, true), PeerState::LinkSilent);
+    watch.looks(7, false, false);
+    watch.now += ms(5000);
+    assert_eq!(watch.looks(20, false, false), PeerState::Dead);
+    let states = watch
+        .changes
+        .iter()
+        .filter(|change| matches!(change, Change::State { .. }));
+    assert_eq!(states.count(), 2);
+}
+
+#[test]
+fn a_mailbox_that_this_node_cannot_read_proves_nothing() {
+    let mut watch = alive();
+    for _ in 0..100 {
+        watch.now += ms(500);
+        watch
+            .peer
+            .look(watch.now, Some(beat(X, 0)), MailboxLook::Unreadable);
+    }
+    assert_eq!(watch.peer.state(), PeerState::LinkSilent);
+    // Readable again, and a whole window silent.
+    watch.counter = 0;
+    assert_eq!(watch.looks(6, false, false), PeerState::LinkSilent);
+    assert_eq!(watch.looks(1, false, false), PeerState::Dead);
+}
+
+#[test]
+fn a_damaged_slot_is_silence() {
+    let mut watch = alive();
+    for _ in 0..7 {
+        watch.now += ms(500);
+        watch.peer.look(watch.now, None, MailboxLook::Nothing);
+    }
+    assert_eq!(watch.peer.state(), PeerState::Dead);
+}
+
+#[test]
+fn a_peer_that_stopped_on_purpose_is_not_dead_and_can_come_back() {
+    let mut watch = alive();
+    for _ in 0..20 {
+        watch.now += ms(500);
+        let stopped = MailboxLook::Beat {
+            beat: beat(X, 99),
+            word: LastWord::Stopped,
+        };
+        watch.peer.look(watch.now, Some(beat(X, 4)), stopped);
+    }
+    assert_eq!(watch.peer.state(), PeerState::Unknown);
+    assert_eq!(watch.looks(2, true, true), PeerState::Alive);
+}
+
+#[test]
+fn another_boot_id_says_that_the_boot_before_is_dead_once() {
+    let mut watch = alive();
+    let link = Some(beat(X, watch.counter));
+    let rebooted = |from, to| Change::Rebooted { from, to };
+    // Y is heard in the mailbox; what X left in this node's memory says nothing any more.
+    assert_eq!(
+        watch.peer.look(ms(2500), link, slot(Y, 1)),
+        [rebooted(X, Y)]
+    );
+    assert_eq!(watch.peer.look(ms(3000), link, slot(Y, 2)), []);
+    assert_eq!(watch.peer.look(ms(3500), Some(beat(Y, 3)), slot(Y, 3)), []);
+    assert_eq!(watch.peer.boot_id(), Some(Y));
+    assert_eq!(
+        watch.peer.look(ms(4000), Some(beat(Y, 3)), slot(Z, 1)),
+        [rebooted(Y, Z)]
+    );
+    // A remainder of an even older boot is no reboot.
+    assert_eq!(watch.peer.look(ms(4500), Some(beat(Y, 3)), slot(Z, 2)), []);
+}
+
+#[test]
+fn an_old_slot_of_an_earlier_boot_does_not_hide_the_living_one() {
+    let mut peer = Liveness::new(LIMITS, ms(0));
+    assert_eq!(peer.look(ms(500), Some(beat(Y, 1)), slot(X, 900)), []);
+    let rebooted = Change::Rebooted { from: Y, to: X };
+    assert!(
+        !peer
+            .look(ms(1000), Some(beat(Y, 2)), slot(X, 900))
+            .contains(&rebooted)
+    );
+    assert_eq!(peer.boot_id(), Some(Y));
+}
+
+/// What this node saw at one look.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    at: Duration,
+    link: Option<u64>,
+    mailbox: Option<u64>,
+    unreadable: bool,
+}
+
+/// Says independently of the code, from the whole history, whether `Dead` may be said now.
+fn death_is_proven(history: &[Look]) -> bool {
+    let now = history[history.len() - 1].at;
+    let since = now.saturating_sub(LIMITS.dead_after);
+    // The looks of the window and the one that opens it.
+    let first = history.iter().rposition(|look| look.at <= since);
+    let Some(first) = first else { return false };
+    let window = &history[first..];
+    let watched = window
+        .windows(2)
+        .all(|two| two[1].at - two[0].at <= ms(1000));
+    let still = |of: fn(&Look) -> Option<u64>| {
+        let seen: Vec<u64> = window.iter().filter_map(of).collect();
+        seen.windows(2).all(|two| two[0] == two[1])
+    };
+    let readable = window[1..].iter().all(|look| !look.unreadable);
+    watched && readable && still(|look| look.link) && still(|look| look.mailbox)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Never dead while any counter moves, nor over a time this node did not watch.
+    #[test]
+    fn dead_is_said_only_of_a_watched_window_without_a_sign_of_life(
+        steps in prop::collection::vec(
+            (prop_oneof![8 => 100u64..1000, 1 => 1000u64..9000], 0u8..40, 0u8..40, 0u8..30),
+            1..120,
+        ),
+    ) {
+        let mut peer = Liveness::new(LIMITS, ms(0));
+        let mut history =
+            vec![Look { at: ms(0), link: None, mailbox: None, unreadable: false }];
+        let (mut at, mut link, mut mailbox) = (ms(0), 0u64, 0u64);
+        for (gap, link_moves, mailbox_moves, unreadable) in steps {
+            at += ms(gap);
+            link += u64::from(link_moves < 2);
+            mailbox += u64::from(mailbox_moves < 2);
+            let unreadable = unreadable == 0;
+            let look = if unreadable { MailboxLook::Unreadable } else { slot(X, mailbox) };
+            history.push(Look {
+                at,
+                link: Some(link),
+                mailbox: (!unreadable).then_some(mailbox),
+                unreadable,
+            });
+            let died = peer.look(at, Some(beat(X, link)), look).iter().any(|change| {
+                matches!(change, Change::State { to: PeerState::Dead, .. })
+            });
+            if died {
+                prop_assert!(death_is_proven(&history), "{history:#?}");
+            }
+        }
+    }
+
+    /// A peer whose heartbeats come, on either path, at an uneven pace within the limit lives.
+    #[test]
+    fn a_peer_that_is_heard_within_the_limit_on_either_path_is_never_dead(
+        steps in prop::collection::vec((1u64..900, any::<bool>()), 1..400),
+    ) {
+        let mut peer = Liveness::new(LIMITS, ms(0));
+        let (mut at, mut since, mut link, mut mailbox) = (ms(0), 0, 0u64, 0u64);
+        for (gap, on_link) in steps {
+            at += ms(gap);
+            since += gap;
+            if since + 900 >= 3000 {
+                since = 0;
+                *if on_link { &mut link } else { &mut mailbox } += 1;
+            }
+            peer.look(at, Some(beat(X, link)), slot(X, mailbox));
+            prop_assert_ne!(peer.state(), PeerState::Dead);
+        }
+    }
+}

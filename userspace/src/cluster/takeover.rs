@@ -1,0 +1,577 @@
+//! A takeover: the steps by which the mirror becomes the owner, in their only order.
+//!
+//! ```text
+//! claim -> fence -> revoke -> save -> mount -> judge -> replay -> epoch -> serve
+//! ```
+//!
+//! The claim stands in the mailbox before anybody is fenced, so that the node which was fenced finds
+//! it when it boots. Each step takes the proof of the one before, and only this module makes
+//! proofs: nothing can be mounted before the fence, nothing replayed before the region is
+//! saved. A step that fails stops the takeover with its reason; it is tried again from that step,
+//! and a new agent begins at the first step, so every step must be repeatable. Without a fence
+//! command nothing is claimed until a person says that the owner is dead.
+//!
+//! Time comes from the driver. This module must never go on after a step that did not succeed.
+
+use std::fmt;
+use std::future::Future;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::events::Event;
+use crate::ids::{NodeId, Seq};
+use crate::status::{PeerState, TakeoverStatus, TakeoverStep};
+
+#[cfg(test)]
+mod tests;
+
+/// Why a step failed, with its context.
+pub type StepError = Box<dyn std::error::Error + Send + Sync>;
+
+/// One reading of both clocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stamp {
+    /// The monotonic clock, since any fixed point.
+    pub monotonic: Duration,
+    /// The wall clock, milliseconds since 1970.
+    pub wall_ms: i64,
+}
+
+/// Why a node takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// The owner is silent on both paths.
+    OwnerDead,
+    /// The owner's machine rebooted with its epoch open; its new agent says so itself
+    /// (`Phase::Unmerged`), has mounted nothing and will not: there is nothing to fence.
+    OwnerRebooted,
+}
+
+/// By what the owner is known to be unable to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FencedBy {
+    /// The fence command's exit status 0.
+    Command,
+    /// A person's word.
+    Person,
+    /// Its own: it rebooted and has mounted nothing.
+    Reboot,
+}
+
+/// What the volume's sentinel and the saved region say together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Judgement {
+    /// There are records to merge.
+    Merge,
+    /// The disk has everything.
+    Nothing {
+        /// Why.
+        why: String,
+    },
+    /// There is no region that could be merged: what was unflushed is lost, nobody knows how much.
+    LossUnknown {
+        /// Why.
+        why: String,
+    },
+}
+
+/// What a replay did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Merged {
+    /// Records of the region that were merged.
+    pub records_replayed: u64,
+    /// The last record of the region.
+    pub cut_seq: Seq,
+}
+
+macro_rules! proof {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name(());
+    };
+}
+
+proof! {
+    /// This node's claim stands in the mailbox.
+    Claimed
+}
+/// The owner can no longer reach the volume.
+#[derive(Debug)]
+pub struct Fenced {
+    by: FencedBy,
+}
+proof! {
+    /// No late write can land in the region.
+    Revoked
+}
+proof! {
+    /// The region is on the local disk.
+    Saved
+}
+proof! {
+    /// The volume is mounted here.
+    Mounted
+}
+/// It is known what to merge.
+#[derive(Debug)]
+pub struct Judged {
+    judgement: Judgement,
+}
+/// The volume shows everything up to the cut.
+#[derive(Debug)]
+pub struct Replayed {
+    merged: Merged,
+}
+proof! {
+    /// The new epoch is on the volume, and this node's ownership is settled.
+    Settled
+}
+
+impl Fenced {
+    /// By what.
+    #[must_use]
+    pub const fn by(&self) -> FencedBy {
+        self.by
+    }
+}
+
+impl Judged {
+    /// What was found.
+    #[must_use]
+    pub const fn judgement(&self) -> &Judgement {
+        &self.judgement
+    }
+}
+
+impl Replayed {
+    /// What was merged.
+    #[must_use]
+    pub const fn merged(&self) -> Merged {
+        self.merged
+    }
+}
+
+/// The result of a step.
+pub type StepResult<T = ()> = Result<T, StepError>;
+
+/// What really happens in each step. Every method may be called again after it failed, and after
+/// the agent was restarted: what is already done, it leaves.
+pub trait TakeoverDriver: Send {
+    /// Reads the clocks.
+    fn now(&self) -> Stamp;
+
+    /// Tells the event log.
+    fn report(&mut self, event: Event);
+
+    /// Writes the claim with `Phase::Claiming`: table first, then mailbox. Fails if the mailbox
+    /// cannot be written, or if the peer's slot was heard meanwhile.
+    fn claim(&mut self) -> impl Future<Output = StepResult> + Send;
+
+    /// Runs the fence command.
+    fn fence(&mut self, claimed: &Claimed) -> impl Future<Output = StepResult> + Send;
+
+    /// Writes the claim with `Phase::Merging`: from here on it is not withdrawn.
+    fn claim_merging(&mut self, fenced: &Fenced) -> impl Future<Output = StepResult> + Send;
+
+    /// Destroys the queue pair and the memory registration.
+    fn revoke(&mut self, fenced: &Fenced) -> impl Future<Output = StepResult> + Send;
+
+    /// Copies the region to the local disk, unless a whole copy of it is there.
+    fn save_region(&mut self, revoked: &Revoked) -> impl Future<Output = StepResult> + Send;
+
+    /// Mounts the volume.
+    fn mount(&mut self, saved: &Saved) -> impl Future<Output = StepResult> + Send;
+
+    /// Reads the sentinel and scans the saved region.
+    fn judge(&mut self, mounted: &Mounted) -> impl Future<Output = StepResult<Judgement>> + Send;
+
+    /// Merges the region into the volume; only called for [`Judgement::Merge`].
+    fn replay(&mut self, judged: &Judged) -> impl Future<Output = StepResult<Merged>> + Send;
+
+    /// Writes the sentinel with the new epoch, then settles the claim: table first, then mailbox.
+    fn open_epoch(&mut self, replayed: &Replayed) -> impl Future<Output = StepResult> + Send;
+
+    /// Runs the serve hook.
+    fn serve(&mut self, settled: &Settled) -> impl Future<Output = StepResult> + Send;
+
+    /// Takes the claim back: a newer table version that names the owner before.
+    fn withdraw(&mut self) -> impl Future<Output = StepResult> + Send;
+}
+
+/// The step that comes next, with the proof it needs.
+#[derive(Debug)]
+enum Stage {
+    Claim,
+    Fence(Claimed),
+    Revoke(Fenced),
+    Save(Revoked),
+    Mount(Saved),
+    Judge(Mounted),
+    Replay(Judged),
+    Epoch(Replayed),
+    Serve(Settled),
+    Done,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Claim => "claim",
+            Self::Fence(_) => "fence",
+            Self::Revoke(_) => "revoke",
+            Self::Save(_) => "save",
+            Self::Mount(_) => "mount",
+            Self::Judge(_) => "judge",
+            Self::Replay(_) => "replay",
+            Self::Epoch(_) => "epoch",
+            Self::Serve(_) => "serve",
+            Self::Done => "done",
+        })
+    }
+}
+
+/// What a call of [`Takeover::advance`] came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// A step is done, another follows.
+    Stepped,
+    /// Nothing happens until a person confirms that the owner is dead.
+    WaitsForPerson,
+    /// A step failed; the next call tries it again.
+    Stopped,
+    /// This node serves the volume.
+    Serving,
+}
+
+/// Why a person's word was not taken.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfirmError {
+    /// Another node is meant.
+    #[error("the takeover of volume {volume} is from node {from}, not from {named}")]
+    OtherNode {
+        /// The volume.
+        volume: String,
+        /// The owner.
+        from: NodeId,
+        /// The node that was named.
+        named: NodeId,
+    },
+    /// The node is heard.
+    #[error("node {named} is not dead: it looks {state:?}; power it off first")]
+    NotDead {
+        /// The node.
+        named: NodeId,
+        /// How it looks.
+        state: PeerState,
+    },
+}
+
+/// Why a takeover is not withdrawn.
+#[derive(Debug, Error)]
+pub enum WithdrawError {
+    /// The owner is fenced already.
+    #[error("the takeover of volume {0} is not withdrawn: its owner is fenced already")]
+    TooLate(String),
+    /// The claim could not be taken back.
+    #[error("the takeover of volume {0} is not withdrawn: {1}")]
+    Failed(String, StepError),
+}
+
+/// One volume's takeover.
+#[derive(Debug)]
+pub struct Takeover {
+    volume: String,
+    from: NodeId,
+    cause: Cause,
+    has_fence: bool,
+    confirmed: bool,
+    told_to_wait: bool,
+    told_begin: bool,
+    loss_unknown: bool,
+    stage: Stage,
+    status: TakeoverStatus,
+}
+
+impl Takeover {
+    /// Nothing has happened yet. `has_fence`: a fence command is configured. `detected`: when the
+    /// decision fell, and how long the owner had been silent.
+    #[must_use]
+    pub fn new(
+        volume: &str,
+        from: &NodeId,
+        cause: Cause,
+        has_fence: bool,
+        detected: (Stamp, Duration),
+    ) -> Self {
+        let mut status = TakeoverStatus::default();
+        status.steps.push(step("detect", detected.1, detected.0));
+        Self {
+            volume: volume.to_owned(),
+            from: from.clone(),
+            cause,
+            has_fence,
+            confirmed: false,
+            told_to_wait: false,
+            told_begin: false,
+            loss_unknown: false,
+            stage: Stage::Claim,
+            status,
+        }
+    }
+
+    /// A takeover that an earlier agent of this node had brought to `Phase::Merging`: the owner was
+    /// fenced then, and the volume may be mounted here, so it is not withdrawn and fences nobody
+    /// again.
+    #[must_use]
+    pub fn resumed(volume: &str, from: &NodeId, detected: (Stamp, Duration)) -> Self {
+        let mut takeover = Self::new(volume, from, Cause::OwnerDead, true, detected);
+        takeover.stage = Stage::Revoke(Fenced {
+            by: FencedBy::Command,
+        });
+        takeover.told_begin = true;
+        takeover
+    }
+
+    /// The volume.
+    #[must_use]
+    pub fn volume(&self) -> &str {
+        &self.volume
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub const fn status(&self) -> &TakeoverStatus {
+        &self.status
+    }
+
+    /// Whether there was no region to merge.
+    #[must_use]
+    pub const fn loss_unknown(&self) -> bool {
+        self.loss_unknown
+    }
+
+    /// The owner is not known to be fenced yet.
+    #[must_use]
+    pub const fn can_withdraw(&self) -> bool {
+        matches!(self.stage, Stage::Claim | Stage::Fence(_))
+    }
+
+    /// Takes a person's word that `named` is dead, in place of the fence command.
+    ///
+    /// # Errors
+    /// If another node is the owner, or if it is still heard.
+    pub fn confirm_dead(&mut self, named: &NodeId, state: PeerState) -> Result<(), ConfirmError> {
+        if *named != self.from {
+            let (volume, from) = (self.volume.clone(), self.from.clone());
+            return Err(ConfirmError::OtherNode {
+                volume,
+                from,
+                named: named.clone(),
+            });
+        }
+        if !matches!(state, PeerState::Dead | PeerState::Unknown) {
+            return Err(ConfirmError::NotDead {
+                named: named.clone(),
+                state,
+            });
+        }
+        self.confirmed = true;
+        Ok(())
+    }
+
+    /// Gives up, because the owner lives.
+    ///
+    /// # Errors
+    /// Once the owner is fenced, or if the claim could not be taken back.
+    pub async fn withdraw(
+        &mut self,
+        driver: &mut impl TakeoverDriver,
+    ) -> Result<(), WithdrawError> {
+        if !self.can_withdraw() {
+            return Err(WithdrawError::TooLate(self.volume.clone()));
+        }
+        driver
+            .withdraw()
+            .await
+            .map_err(|error| WithdrawError::Failed(self.volume.clone(), error))?;
+        self.stage = Stage::Claim;
+        self.confirmed = false;
+        self.told_begin = false;
+        driver.report(Event::TakeoverWithdrawn {
+            volume: self.volume.clone(),
+        });
+        Ok(())
+    }
+
+    /// Runs until it serves, waits or stops.
+    pub async fn run(&mut self, driver: &mut impl TakeoverDriver) -> Progress {
+        loop {
+            match self.advance(driver).await {
+                Progress::Stepped => {}
+                end => return end,
+            }
+        }
+    }
+
+    /// Does the next step.
+    pub async fn advance(&mut self, driver: &mut impl TakeoverDriver) -> Progress {
+        if matches!(self.stage, Stage::Done) {
+            return Progress::Serving;
+        }
+        if self.waits_for_person() {
+            return self.tell_to_wait(driver);
+        }
+        self.tell_begin(driver);
+        let name = self.stage.to_string();
+        let began = driver.now();
+        let next = self.step(driver).await;
+        let ended = driver.now();
+        let took = ended.monotonic.saturating_sub(began.monotonic);
+        let (took_ms, error) = (millis(took), next.as_ref().err().map(ToString::to_string));
+        driver.report(Event::TakeoverStep {
+            volume: self.volume.clone(),
+            step: name.clone(),
+            took_ms,
+            error: error.clone(),
+        });
+        self.status.error = error.map(|error| format!("{name}: {error}"));
+        let Ok(next) = next else {
+            return Progress::Stopped;
+        };
+        self.status.steps.push(step(&name, took, ended));
+        self.stage = next;
+        if matches!(self.stage, Stage::Done) {
+            self.tell_serving(driver)
+        } else {
+            Progress::Stepped
+        }
+    }
+
+    /// The next step's work; the stage changes only when the whole step succeeded.
+    async fn step(&mut self, driver: &mut impl TakeoverDriver) -> StepResult<Stage> {
+        Ok(match &self.stage {
+            Stage::Claim => {
+                driver.claim().await?;
+                Stage::Fence(Claimed(()))
+            }
+            Stage::Fence(claimed) => {
+                let by = self.fenced_by();
+                if by == FencedBy::Command {
+                    driver.fence(claimed).await?;
+                }
+                let fenced = Fenced { by };
+                driver.claim_merging(&fenced).await?;
+                Stage::Revoke(fenced)
+            }
+            Stage::Revoke(fenced) => {
+                driver.revoke(fenced).await?;
+                Stage::Save(Revoked(()))
+            }
+            Stage::Save(revoked) => {
+                driver.save_region(revoked).await?;
+                Stage::Mount(Saved(()))
+            }
+            Stage::Mount(saved) => {
+                driver.mount(saved).await?;
+                Stage::Judge(Mounted(()))
+            }
+            Stage::Judge(mounted) => Stage::Replay(Judged {
+                judgement: driver.judge(mounted).await?,
+            }),
+            Stage::Replay(judged) => {
+                let merged = match judged.judgement {
+                    Judgement::Merge => driver.replay(judged).await?,
+                    Judgement::Nothing { .. } => Merged::default(),
+                    Judgement::LossUnknown { .. } => {
+                        self.loss_unknown = true;
+                        Merged::default()
+                    }
+                };
+                self.status.records_replayed = merged.records_replayed;
+                self.status.cut_seq = merged.cut_seq;
+                Stage::Epoch(Replayed { merged })
+            }
+            Stage::Epoch(replayed) => {
+                driver.open_epoch(replayed).await?;
+                Stage::Serve(Settled(()))
+            }
+            Stage::Serve(settled) => {
+                driver.serve(settled).await?;
+                Stage::Done
+            }
+            Stage::Done => Stage::Done,
+        })
+    }
+
+    const fn fenced_by(&self) -> FencedBy {
+        match self.cause {
+            _ if self.confirmed => FencedBy::Person,
+            Cause::OwnerRebooted => FencedBy::Reboot,
+            Cause::OwnerDead => FencedBy::Command,
+        }
+    }
+
+    /// Before the claim, so that nothing stands in the mailbox while a person is looked for.
+    const fn waits_for_person(&self) -> bool {
+        let fenced_by_command = matches!(self.fenced_by(), FencedBy::Command);
+        matches!(self.stage, Stage::Claim) && fenced_by_command && !self.has_fence
+    }
+
+    fn tell_to_wait(&mut self, driver: &mut impl TakeoverDriver) -> Progress {
+        let reason = format!(
+            "waiting for a person: no fence command is configured; make sure that node {} is \
+             powered off, then run `twinwrite takeover --confirm-dead {}`",
+            self.from, self.from
+        );
+        if !self.told_to_wait {
+            let (volume, reason) = (self.volume.clone(), reason.clone());
+            driver.report(Event::TakeoverWaits { volume, reason });
+        }
+        self.told_to_wait = true;
+        self.status.error = Some(reason);
+        Progress::WaitsForPerson
+    }
+
+    fn tell_begin(&mut self, driver: &mut impl TakeoverDriver) {
+        if std::mem::replace(&mut self.told_begin, true) {
+            return;
+        }
+        let reason = match self.cause {
+            Cause::OwnerDead => "it is silent on both paths",
+            Cause::OwnerRebooted => "it rebooted with its epoch open",
+        };
+        driver.report(Event::TakeoverBegan {
+            volume: self.volume.clone(),
+            from: self.from.clone(),
+            reason: reason.to_owned(),
+        });
+    }
+
+    fn tell_serving(&mut self, driver: &mut impl TakeoverDriver) -> Progress {
+        self.status.serving = true;
+        driver.report(Event::Serving {
+            volume: self.volume.clone(),
+            records_replayed: self.status.records_replayed,
+            cut_seq: self.status.cut_seq,
+            loss_unknown: self.loss_unknown,
+        });
+        Progress::Serving
+    }
+}
+
+fn step(name: &str, took: Duration, ended: Stamp) -> TakeoverStep {
+    TakeoverStep {
+        name: name.to_owned(),
+        took_ms: millis(took),
+        ended_at_ms: ended.wall_ms,
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

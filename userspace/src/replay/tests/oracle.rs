@@ -1,0 +1,259 @@
+//! What must be true after a replay, from the applications' view.
+
+use std::collections::BTreeSet;
+
+use super::model::{Body, Model};
+use super::world::{Event, Name, Op};
+use crate::ids::{Epoch, Identity};
+
+/// What operations after the cut touched, as far as they may have reached the disk.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Touched {
+    pub(super) names: BTreeSet<(Identity, Name)>,
+    pub(super) content: BTreeSet<Identity>,
+    pub(super) attributes: BTreeSet<Identity>,
+    pub(super) links: BTreeSet<Identity>,
+    /// Inodes whose last link went.
+    pub(super) removed: BTreeSet<Identity>,
+}
+
+impl Touched {
+    /// Of the events `from..`, those that `landed`; `states(i)` is the model after `i` events.
+    pub(super) fn by(
+        events: &[Event],
+        from: usize,
+        landed: &dyn Fn(usize) -> bool,
+        states: &dyn Fn(usize) -> Model,
+    ) -> Self {
+        let mut touched = Self::default();
+        for (index, event) in events.iter().enumerate().skip(from) {
+            if landed(index) {
+                touched.add(event, &states(index), &states(index + 1));
+            }
+        }
+        touched
+    }
+
+    fn add(&mut self, event: &Event, before: &Model, after: &Model) {
+        match &event.op {
+            Op::Write { file: inode, .. } | Op::Truncate { file: inode, .. } => {
+                self.content.insert(*inode);
+                self.attributes.insert(*inode);
+            }
+            Op::Chmod { inode, .. } | Op::Chown { inode, .. } | Op::Utimes { inode, .. } => {
+                self.attributes.insert(*inode);
+            }
+            Op::Create {
+                directory, name, ..
+            } => {
+                self.name(*directory, name);
+            }
+            Op::Link {
+                file,
+                directory,
+                name,
+            } => {
+                self.name(*directory, name);
+                self.links.insert(*file);
+            }
+            Op::Unlink { directory, name } => {
+                self.name(*directory, name);
+                self.links.insert(before.entries(*directory)[name]);
+            }
+            Op::Rename { from, to } | Op::Exchange { from, to } => {
+                self.name(from.0, &from.1);
+                self.name(to.0, &to.1);
+                // Bound again at the cut's name, the name of after the cut may stay.
+                self.links.extend(before.entries(from.0).get(&from.1));
+                self.links.extend(before.entries(to.0).get(&to.1));
+            }
+            Op::Tmpfile | Op::Fsync { .. } | Op::Flush | Op::Checkpoint => {}
+        }
+        let gone = before
+            .nodes
+            .keys()
+            .filter(|inode| !after.nodes.contains_key(inode));
+        self.removed.extend(gone);
+    }
+
+    fn name(&mut self, directory: Identity, name: &Name) {
+        self.names.insert((directory, name.clone()));
+        self.attributes.insert(directory);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.content.is_empty() && self.attributes.is_empty()
+    }
+}
+
+/// Everything the oracle knows.
+pub(super) struct Oracle<'m> {
+    /// The model at the cut.
+    pub(super) want: &'m Model,
+    /// The disk before the replay.
+    pub(super) before: &'m Model,
+    /// The disk after it.
+    pub(super) got: &'m Model,
+    pub(super) touched: &'m Touched,
+    /// Names the merged records mention.
+    pub(super) mentioned: &'m BTreeSet<(Identity, Name)>,
+    /// Inodes the merged records made and no mark proved durable.
+    pub(super) can_be_made: &'m BTreeSet<Identity>,
+    /// Inodes that existed before the cut, dead or alive.
+    pub(super) known: &'m BTreeSet<Identity>,
+}
+
+impl Oracle<'_> {
+    fn stands_for(&self, inode: Identity) -> Identity {
+        match self.got.nodes.get(&inode).and_then(|node| node.stamp) {
+            Some(stamp) if stamp.epoch == Epoch(7) => stamp.identity,
+            _ => inode,
+        }
+    }
+
+    fn deleted_ahead(&self, inode: Identity) -> bool {
+        self.touched.removed.contains(&inode) && !self.can_be_made.contains(&inode)
+    }
+
+    /// Checks all of it.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.directory(self.want.root, self.got.root, "")?;
+        self.nothing_is_lost()?;
+        self.staging_is_empty()
+    }
+
+    fn directory(&self, want: Identity, got: Identity, path: &str) -> Result<(), String> {
+        let mut got_entries = self.got.entries(got);
+        got_entries.remove(b".twinwrite".as_slice());
+        let mut want_entries = self.want.entries(want);
+        want_entries.remove(b".twinwrite".as_slice());
+        for (name, child) in want_entries {
+            let path = format!("{path}/{}", name.escape_ascii());
+            let place = (want, name.clone());
+            let free = self.deleted_ahead(child)
+                || self.touched.names.contains(&place) && !self.mentioned.contains(&place);
+            match got_entries.remove(&name) {
+                None if free => {}
+                None => return Err(format!("{path} ({child}) is missing")),
+                Some(there) if self.stands_for(there) == child => {
+                    self.inode(child, there, &path)?;
+                }
+                Some(_) if free => {}
+                Some(there) => return Err(format!("{path} is {there} instead of {child}")),
+            }
+        }
+        for (name, there) in got_entries {
+            let place = (want, name.clone());
+            if !self.touched.names.contains(&place) || self.mentioned.contains(&place) {
+                let name = name.escape_ascii();
+                return Err(format!("{path}/{name} ({there}) should not be there"));
+            }
+        }
+        Ok(())
+    }
+
+    fn inode(&self, want_id: Identity, got_id: Identity, path: &str) -> Result<(), String> {
+        let (want, got) = (&self.want.nodes[&want_id], &self.got.nodes[&got_id]);
+        let what = |field: &str, want: String, got: String| {
+            Err(format!(
+                "{path} ({want_id}): {field} is {got} instead of {want}"
+            ))
+        };
+        if want.mode & 0o170_000 != got.mode & 0o170_000 {
+            return what(
+                "type",
+                format!("{:o}", want.mode),
+                format!("{:o}", got.mode),
+            );
+        }
+        let remade = want_id != got_id;
+        let same = |set: &BTreeSet<Identity>| remade || !set.contains(&want_id);
+        if same(&self.touched.attributes) {
+            if (want.mode, want.uid, want.gid) != (got.mode, got.uid, got.gid) {
+                let show = |n: &super::model::Node| format!("{:o} {}:{}", n.mode, n.uid, n.gid);
+                return what("mode, owner", show(want), show(got));
+            }
+            if want.mtime_ns != got.mtime_ns {
+                return what("mtime", want.mtime_ns.to_string(), got.mtime_ns.to_string());
+            }
+        }
+        match &want.body {
+            Body::Directory(_) => return self.directory(want_id, got_id, path),
+            Body::File(_) if !same(&self.touched.content) => {}
+            body if *body == got.body => {}
+            body => return what("body", format!("{body:?}"), format!("{:?}", got.body)),
+        }
+        if same(&self.touched.links) && want.links != got.links {
+            return what("link count", want.links.to_string(), got.links.to_string());
+        }
+        Ok(())
+    }
+
+    fn nothing_is_lost(&self) -> Result<(), String> {
+        let after: BTreeSet<Identity> = self
+            .got
+            .reachable()
+            .into_iter()
+            .map(|inode| self.stands_for(inode))
+            .collect();
+        for inode in self.want.reachable() {
+            if !self.want.is_own(inode)
+                && !after.contains(&inode)
+                && !self.touched.removed.contains(&inode)
+            {
+                return Err(format!("{inode} was alive at the cut and is nowhere"));
+            }
+        }
+        for inode in self.before.reachable() {
+            let dead = self.known.contains(&inode) && !self.want.nodes.contains_key(&inode);
+            if !after.contains(&inode) && !dead {
+                return Err(format!(
+                    "{inode} was on the disk, is not proven dead, and is nowhere"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn staging_is_empty(&self) -> Result<(), String> {
+        let own = self.got.entries(self.got.root)[b".twinwrite".as_slice()];
+        let staging = self.got.entries(own)[b"staging".as_slice()];
+        match self.got.entries(staging).keys().next() {
+            None => Ok(()),
+            Some(name) => Err(format!("{} is left in staging", name.escape_ascii())),
+        }
+    }
+}
+
+/// Paths with what is at them, for comparing two results whatever the new inodes' numbers are.
+pub(super) fn tree(model: &Model) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut open = vec![(String::new(), model.root)];
+    let mut first_path = std::collections::BTreeMap::new();
+    while let Some((path, inode)) = open.pop() {
+        let node = &model.nodes[&inode];
+        let first = first_path
+            .entry(inode)
+            .or_insert_with(|| path.clone())
+            .clone();
+        let body = match &node.body {
+            Body::Directory(_) => String::from("directory"),
+            other => format!("{other:?} links {}", node.links),
+        };
+        let own = path.starts_with("/.twinwrite");
+        let time = if own && node.is_directory() {
+            0
+        } else {
+            node.mtime_ns
+        };
+        lines.push(format!(
+            "{path} = {first} {:o} {}:{} {time} {body}",
+            node.mode, node.uid, node.gid
+        ));
+        for (name, child) in model.entries(inode).into_iter().rev() {
+            open.push((format!("{path}/{}", name.escape_ascii()), child));
+        }
+    }
+    lines.sort();
+    lines
+}

@@ -1,0 +1,281 @@
+//! Random cases on mounted ext4 and XFS, with power cuts by copying the image.
+
+use std::path::Path;
+
+use super::cases::{Case, cases};
+use super::loopfs::{Format, LiveDisk, Mounted, left_out, read};
+use super::oracle::Touched;
+use super::stopping::Stopping;
+use super::world::{NewKind, Op, Random, World};
+use crate::capture::handle;
+use crate::ids::{Epoch, Seq};
+use crate::replay::apply::apply_to;
+use crate::replay::disk::Disk;
+use crate::replay::plan::Plan;
+use crate::replay::volume::Volume;
+use crate::replay::{ReplayError, Sentinel, SentinelFile, apply, finish, sentinel, tidy};
+
+pub(super) fn sentinel_of(epoch: u64, seq: usize) -> Sentinel {
+    Sentinel {
+        cluster: "test".into(),
+        volume: "v".into(),
+        epoch: Epoch(epoch),
+        seq: Seq(seq as u64),
+        closed: false,
+        time_ns: 1,
+    }
+}
+
+/// A fresh file system, as protection begins on it.
+pub(super) fn protected(directory: &Path, name: &str, format: Format) -> Mounted {
+    let bytes = if format == Format::Ext4 {
+        24 << 20
+    } else {
+        320 << 20
+    };
+    let mounted = Mounted::make(directory, name, format, bytes);
+    let mut file = SentinelFile::open(&mounted.mount).expect("a sentinel file");
+    file.write(&sentinel_of(7, 0)).expect("a sentinel");
+    let mut disk = Disk::open(&mounted.mount).expect("open");
+    let root = disk.root().expect("root");
+    disk.set_times(root, None, Some(1))
+        .expect("the model's time");
+    disk.sync().expect("sync");
+    mounted
+}
+
+/// Where images live: memory, so that the machine's disk is no part of it.
+pub(super) fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("twinwrite-replay-")
+        .tempdir_in("/dev/shm")
+        .expect("scratch")
+}
+
+fn run_one(seed: u64, format: Format, scratch: &Path) -> Result<(), String> {
+    let mut shape = Random(seed ^ 0x4ea1);
+    let mounted = protected(scratch, "live", format);
+    let mut live = LiveDisk::new(&mounted.mount);
+    let root = live.root();
+    let mut world = World::new(seed, root, Some(&mut live));
+    world.file_bytes_max = 20_000;
+    let (before, after) = (5 + shape.below(40), shape.below(20));
+    let mut case = Case::random(world, before, after);
+    for _ in 0..2 {
+        let crashed = mounted.crash(scratch, "crashed", format);
+        let mut touched = case.touched(case.world.events.len(), &|_| true);
+        if format == Format::Xfs {
+            touched.attributes.extend(case.exchanged_directories());
+        }
+        replay_twice(&case, &crashed, format, scratch, &touched, &mut shape)
+            .map_err(|e| format!("{e}\n{}\n{}", case.history(), case.plan()))?;
+        case = case.random_cut();
+    }
+    Ok(())
+}
+
+fn replay_twice(
+    case: &Case<'_>,
+    crashed: &Mounted,
+    format: Format,
+    scratch: &Path,
+    touched: &Touched,
+    shape: &mut Random,
+) -> Result<(), String> {
+    let plan = case.plan();
+    let before = read(&crashed.mount);
+    let stop = shape.below(30) as u64;
+    let (done, what) = match interrupted(&plan, &crashed.mount, stop)? {
+        false => (None, String::from("not interrupted")),
+        true if shape.chance(50) => (
+            Some(crashed.crash(scratch, "again", format)),
+            format!("crashed at {stop}"),
+        ),
+        true => (None, format!("interrupted at {stop}")),
+    };
+    let mount = done
+        .as_ref()
+        .map_or(&crashed.mount, |mounted| &mounted.mount);
+    let outcome = apply(&plan, mount, &mut |_| {}).map_err(|e| format!("{what}: {e}"))?;
+    let got = read(mount);
+    case.check(&before, &got, touched)
+        .map_err(|e| format!("{what}: {e}\n{outcome}"))?;
+    finish(mount, &sentinel_of(8, 0)).map_err(|e| e.to_string())?;
+    {
+        let from = done.as_ref().unwrap_or(crashed);
+        let durable = from.crash(scratch, "durable", format);
+        let got = read(&durable.mount);
+        case.check(&before, &got, touched)
+            .map_err(|e| format!("after a crash: {e}\n{outcome}"))?;
+        let told = sentinel::read(&durable.mount).map_err(|e| e.to_string())?;
+        if told.epoch != Epoch(8) {
+            return Err(format!("the sentinel says {}", told.epoch));
+        }
+    }
+    tidy(mount, &outcome).map_err(|e| e.to_string())?;
+    let stamped = read(mount)
+        .nodes
+        .values()
+        .filter(|node| node.stamp.is_some())
+        .count();
+    if stamped > 0 {
+        return Err(format!("{what}: {stamped} stamps are left"));
+    }
+    Ok(())
+}
+
+/// Applies until `stop` steps are done; whether that was before the end.
+fn interrupted(plan: &Plan<'_>, mount: &Path, stop: u64) -> Result<bool, String> {
+    let disk = Disk::open(mount).map_err(|e| e.to_string())?;
+    let mut stopping = Stopping::new(disk, stop);
+    match apply_to(plan, &mut stopping, &mut |_| {}) {
+        Ok(_) => Ok(false),
+        Err(_) if stopping.taken == stop => Ok(true),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn run_many(format: Format, test: &str, default: u64) {
+    if left_out(test) {
+        return;
+    }
+    let directory = scratch();
+    let first = std::env::var("TWINWRITE_SEED")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let count = (cases(default * 50) / 50).clamp(1, 1000);
+    for seed in first.map_or(0..count, |seed| seed..seed + 1) {
+        if let Err(text) = run_one(seed, format, directory.path()) {
+            panic!("TWINWRITE_SEED={seed}: {text}");
+        }
+    }
+}
+
+#[test]
+fn random_histories_on_ext4_end_as_they_were_at_the_cut() {
+    run_many(
+        Format::Ext4,
+        "random_histories_on_ext4_end_as_they_were_at_the_cut",
+        30,
+    );
+}
+
+#[test]
+fn random_histories_on_xfs_end_as_they_were_at_the_cut() {
+    run_many(
+        Format::Xfs,
+        "random_histories_on_xfs_end_as_they_were_at_the_cut",
+        10,
+    );
+}
+
+/// A volume of 24 MiB, and a log that makes a file of 4 MiB on it.
+fn four_mebibytes(world: &mut World<'_>, root: crate::ids::Identity) {
+    world.run(Op::Create {
+        directory: root,
+        name: b"big".to_vec(),
+        kind: NewKind::File,
+        mode: 0o644,
+    });
+    let file = world.model.entries(root)[b"big".as_slice()];
+    for index in 0..32 {
+        let bytes = vec![index as u8 + 1; 128 << 10];
+        world.run(Op::Write {
+            file,
+            at: index << 17,
+            bytes,
+            bytes_in_ring: true,
+        });
+    }
+}
+
+#[test]
+fn a_full_ext4_stops_the_replay_and_loses_nothing() {
+    if left_out("a_full_ext4_stops_the_replay_and_loses_nothing") {
+        return;
+    }
+    let scratch = scratch();
+    let mounted = protected(scratch.path(), "live", Format::Ext4);
+    let root = LiveDisk::new(&mounted.mount).root();
+    let mut world = World::new(1, root, None);
+    four_mebibytes(&mut world, root);
+    let count = world.events.len();
+    let case = Case::with_cut(world, count);
+    let filler = mounted.mount.join("filler");
+    let mut file = std::fs::File::create(&filler).expect("create");
+    while std::io::Write::write_all(&mut file, &[7; 4096]).is_ok() {}
+    drop(file);
+    let error = apply(&case.plan(), &mounted.mount, &mut |_| {}).expect_err("it is full");
+    assert!(matches!(error, ReplayError::Full(_)), "{error}");
+    std::fs::remove_file(&filler).expect("free space");
+    apply(&case.plan(), &mounted.mount, &mut |_| {}).expect("run again");
+    let bytes = std::fs::read(mounted.mount.join("big")).expect("read");
+    let right = bytes
+        .iter()
+        .enumerate()
+        .all(|(at, byte)| usize::from(*byte) == (at >> 17) + 1);
+    assert!(right && bytes.len() == 4 << 20, "{} bytes", bytes.len());
+}
+
+#[test]
+fn an_immutable_file_stops_the_replay_with_its_remedy() {
+    if left_out("an_immutable_file_stops_the_replay_with_its_remedy") {
+        return;
+    }
+    let scratch = scratch();
+    let mounted = protected(scratch.path(), "live", Format::Ext4);
+    let mut live = LiveDisk::new(&mounted.mount);
+    let root = live.root();
+    let mut world = World::new(1, root, Some(&mut live));
+    four_mebibytes(&mut world, root);
+    let count = world.events.len();
+    let case = Case::with_cut(world, count);
+    let path = mounted.mount.join("big");
+    let chattr = |flag: &str| {
+        let status = std::process::Command::new("chattr")
+            .arg(flag)
+            .arg(&path)
+            .status();
+        assert!(status.expect("chattr exists").success());
+    };
+    chattr("+i");
+    let error = apply(&case.plan(), &mounted.mount, &mut |_| {}).expect_err("immutable");
+    chattr("-i");
+    assert!(matches!(error, ReplayError::Locked(_)), "{error}");
+    assert!(error.to_string().contains("chattr -ia"), "{error}");
+    apply(&case.plan(), &mounted.mount, &mut |_| {}).expect("run again");
+}
+
+#[test]
+fn a_handle_of_another_generation_finds_nothing() {
+    if left_out("a_handle_of_another_generation_finds_nothing") {
+        return;
+    }
+    let scratch = scratch();
+    for format in [Format::Ext4, Format::Xfs] {
+        let mounted = protected(scratch.path(), "live", format);
+        let path = mounted.mount.join("f");
+        let file = std::fs::File::create(&path).expect("create");
+        let identity = handle::identity_of(&file).expect("a handle");
+        drop(file);
+        let mut disk = Disk::open(&mounted.mount).expect("open");
+        assert!(disk.stat(identity).expect("stat").is_some());
+        for generation in [0, identity.generation ^ 1] {
+            let other = crate::ids::Identity {
+                generation,
+                ..identity
+            };
+            assert_eq!(
+                disk.stat(other).expect("stat"),
+                None,
+                "{other} instead of {identity}"
+            );
+        }
+        std::fs::remove_file(&path).expect("remove");
+        assert_eq!(
+            disk.stat(identity).expect("stat"),
+            None,
+            "{identity} was removed"
+        );
+    }
+}
