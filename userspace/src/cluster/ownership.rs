@@ -323,26 +323,33 @@ pub fn first_word(facts: &Facts<'_>, decision: Decision) -> Option<VolumeClaim> 
         Peer::Says(word) => Some(word.claim),
         Peer::Nothing | Peer::Unreadable => None,
     };
-    let newest = own
-        .into_iter()
-        .chain(peer)
-        .max_by_key(|claim| claim.table_version);
-    let is_this_nodes = |claim: &&VolumeClaim| claim.owner == *facts.this_node;
+    let newer = |preferred: Option<&'_ VolumeClaim>, other: Option<&'_ VolumeClaim>| match (
+        preferred, other,
+    ) {
+        (Some(preferred), Some(other)) if other.table_version > preferred.table_version => {
+            Some(other.clone())
+        }
+        (preferred, other) => preferred.or(other).cloned(),
+    };
+    // Of two words on the same ownership the owner's counts: only the owner knows its epoch.
+    let newest_as_owner = newer(own, peer);
+    let newest = newer(peer, own);
+    let is_this_nodes = |claim: &VolumeClaim| claim.owner == *facts.this_node;
     match decision {
         Decision::Serve(ServeAs::First) => Some(VolumeClaim::first(facts.this_node.clone())),
         Decision::Serve(_) | Decision::FinishTakeover => {
-            newest.filter(is_this_nodes).or(own).cloned()
+            newest_as_owner.filter(is_this_nodes).or(own.cloned())
         }
         Decision::WaitForMerge => {
-            let mine = newest.filter(is_this_nodes).or(own)?;
+            let mine = newest_as_owner.filter(is_this_nodes).or(own.cloned())?;
             Some(VolumeClaim {
                 phase: Phase::Unmerged,
-                ..mine.clone()
+                ..mine
             })
         }
         Decision::Mirror | Decision::TakenOver => match (own, peer) {
             (Some(own), Some(peer))
-                if is_this_nodes(&own) && peer.table_version < own.table_version =>
+                if is_this_nodes(own) && peer.table_version < own.table_version =>
             {
                 Some(VolumeClaim::change(
                     peer.owner.clone(),
@@ -350,7 +357,7 @@ pub fn first_word(facts: &Facts<'_>, decision: Decision) -> Option<VolumeClaim> 
                     [own, peer],
                 ))
             }
-            _ => newest.cloned(),
+            _ => newest,
         },
         Decision::Suspended(_) => own.map(|own| carried_over(facts, own)),
     }

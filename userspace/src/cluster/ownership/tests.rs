@@ -466,3 +466,55 @@ fn the_first_word_withdraws_a_claim_that_fenced_nobody() {
         (node("b"), 7, Phase::Settled)
     );
 }
+
+#[test]
+fn the_owners_own_word_counts_where_the_peer_knows_an_older_one() {
+    let (a, b) = (NodeId("a".into()), NodeId("b".into()));
+    let first = VolumeClaim::first(a.clone());
+    let open = VolumeClaim {
+        epoch: Epoch(1),
+        epoch_state: EpochState::Open,
+        ..first.clone()
+    };
+    let boot_id = BootId([7; 16]);
+    let said = |claim: &VolumeClaim| Word::Says(claim.clone());
+    let heard = LiveAnswer {
+        claim: Some(first.clone()),
+        serving: false,
+    };
+    let own = OwnWord {
+        word: said(&open),
+        boot_id: Some(boot_id),
+    };
+    let peer_slot = said(&first);
+    let facts = Facts {
+        this_node: &a,
+        boot_id,
+        configured_owner: &a,
+        own: &own,
+        peer_slot: &peer_slot,
+        peer_live: Some(&heard),
+    };
+    assert_eq!(decide(&facts), Decision::Serve(ServeAs::Resumed));
+    let word = first_word(&facts, Decision::Serve(ServeAs::Resumed));
+    assert_eq!(
+        word.as_ref(),
+        Some(&open),
+        "the open epoch is not forgotten"
+    );
+    // And the mirror believes its owner rather than itself.
+    let own = OwnWord {
+        word: said(&first),
+        boot_id: Some(boot_id),
+    };
+    let peer_slot = said(&open);
+    let facts = Facts {
+        this_node: &b,
+        own: &own,
+        peer_slot: &peer_slot,
+        peer_live: None,
+        ..facts
+    };
+    assert_eq!(decide(&facts), Decision::Mirror);
+    assert_eq!(first_word(&facts, Decision::Mirror), Some(open));
+}
