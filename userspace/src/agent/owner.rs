@@ -115,11 +115,17 @@ impl<'a> Owner<'a> {
         if !capture.resumed() {
             calibrate(&capture, mount).context("calibrating the hooks on this kernel")?;
         }
-        let last_epoch = sentinel::read(mount).map_or(Epoch(0), |s| s.epoch);
-        let unclosed = closer.open_epoch().map(|epoch| {
+        let on_volume = sentinel::read(mount).ok();
+        let last_epoch = on_volume.as_ref().map_or(Epoch(0), |s| s.epoch);
+        // What either place calls open is open: the ledger may not have been told of an end, or the
+        // checkpoint of an end not have been proven.
+        let open_on_volume = on_volume
+            .filter(|s| !s.closed && s.epoch > Epoch(0))
+            .map(|s| s.epoch);
+        let unclosed = closer.open_epoch().max(open_on_volume).map(|epoch| {
             (
                 epoch,
-                "its agent ended and another could not go on with it".to_owned(),
+                "another agent ended, and this one cannot go on with it".to_owned(),
             )
         });
         Ok(Self {
