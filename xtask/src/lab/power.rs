@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use super::config::NodeName;
 use super::protocol::{MachineStatus, Reply, Request};
 use super::{AgentAction, Lab, Service};
-use crate::progress::tail;
+use crate::progress::{self, tail};
 
 /// Seconds under emulation; minutes if the host is busy.
 const READY_LIMIT: Duration = Duration::from_secs(180);
@@ -29,6 +29,11 @@ pub enum CrashKind {
     #[value(name = "sysrq-b")]
     SysrqB,
 }
+
+/// What such a kernel says.
+const EMULATOR_OOPS: &str = "Oops: int3";
+/// A machine is started so often at the most before it takes commands.
+const BOOTS_MAX: usize = 3;
 
 impl Lab {
     /// Crashes a machine and makes sure that it lived before and died in just this way. Gives the
@@ -86,8 +91,32 @@ impl Lab {
         Ok(())
     }
 
-    /// Waits until a started machine takes commands.
+    /// Waits until a started machine takes commands. A machine whose kernel the emulator broke on
+    /// its way up is started again: emulated processors may run into a breakpoint that the kernel
+    /// has already taken back from its own code, which no real one does, and which tells nothing of
+    /// what is tested.
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
+        for _ in 1..BOOTS_MAX {
+            match self.wait_once(node) {
+                Err(_) if self.broken_by_the_emulator(node)? => {
+                    progress::note(&format!(
+                        "{node}'s kernel met {EMULATOR_OOPS}: booting again"
+                    ));
+                    self.done(&Request::Boot { node })?;
+                }
+                result => return result,
+            }
+        }
+        self.wait_once(node)
+    }
+
+    fn broken_by_the_emulator(&self, node: NodeName) -> Result<bool> {
+        let console = fs::read(self.console_log(node)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&console);
+        Ok(self.machine(node)?.ended.is_some() && text.contains(EMULATOR_OOPS))
+    }
+
+    fn wait_once(&self, node: NodeName) -> Result<()> {
         let ready = self.share(node).join("ready");
         let deadline = Instant::now() + READY_LIMIT;
         while !ready.exists() {
