@@ -291,7 +291,8 @@ impl MirrorCore {
     }
 
     fn post_fill(&mut self, mut fill: OpenFill) -> Action {
-        let (bytes, gone, safe_at) = match fill.part.take() {
+        // An abandoned fill was given room for a header alone, also if its bytes came in meanwhile.
+        let (bytes, gone, safe_at) = match fill.part.take().filter(|_| !fill.abandoned) {
             Some(part) => (part.bytes, part.gone, part.safe_at),
             None => (Vec::new(), true, self.captured),
         };
