@@ -1,6 +1,6 @@
 //! The clocks: one that never goes back, for ages and limits; the wall clock, for what people read.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Measures from its start.
 #[derive(Clone, Copy, Debug)]
@@ -35,4 +35,9 @@ pub fn wall_ns() -> i64 {
 /// Milliseconds since 1970 by the wall clock.
 pub fn wall_ms() -> i64 {
     wall_ns() / 1_000_000
+}
+
+/// A time from the configuration, which has been checked to be positive; 0 if it is not.
+pub fn duration(signed: jiff::SignedDuration) -> Duration {
+    Duration::try_from(signed).unwrap_or_default()
 }

@@ -13,7 +13,7 @@ use nix::unistd::{Whence, lseek};
 use thiserror::Error;
 
 use crate::ids::{Epoch, Seq};
-use crate::region::layout::{RegionHeader, region_state};
+use crate::region::layout::{RegionHeader, region_state, unpadded};
 use crate::region::scan::{self, Scan, ScanError};
 use crate::replay::{
     self, Fill, LogItem, Outcome, Plan, Progress, RegionClaim, ReplayError, ReplayInput,
@@ -46,11 +46,6 @@ pub struct SavedRegion {
     pub header: RegionHeader,
     /// What it holds.
     pub scan: Scan,
-}
-
-fn text(padded: &[u8; 64]) -> String {
-    let end = padded.iter().position(|b| *b == 0).unwrap_or(padded.len());
-    String::from_utf8_lossy(padded.get(..end).unwrap_or_default()).into_owned()
 }
 
 /// Reads a file without touching its holes: a log that was never full is mostly holes.
@@ -98,8 +93,8 @@ impl SavedRegion {
     /// What it says of itself, for the judge.
     pub fn claim(&self) -> RegionClaim {
         RegionClaim {
-            cluster: text(&self.header.cluster),
-            volume: text(&self.header.volume),
+            cluster: unpadded(&self.header.cluster),
+            volume: unpadded(&self.header.volume),
             filesystem_uuid: self.header.filesystem_uuid,
             epoch: Epoch(self.header.epoch),
             closed: self.header.state != region_state::OPEN,

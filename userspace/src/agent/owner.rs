@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
+use super::clock::duration;
 use super::closer::Closer;
 use super::filesystem_uuid::filesystem_uuid;
 use super::filler::Filler;
@@ -51,10 +52,6 @@ pub enum Left {
     Stopping,
     /// The peer claims the volume with a higher table version.
     ClaimedByPeer,
-}
-
-fn duration(signed: jiff::SignedDuration) -> Duration {
-    Duration::try_from(signed).unwrap_or_default()
 }
 
 /// A volume that this node has mounted.

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::clock::wall_ns;
+use super::clock::{duration, wall_ns};
 use super::node::{Node, lock};
 use crate::cluster::claim::BootId;
 use crate::cluster::control::{Request, Response};
@@ -20,10 +20,6 @@ use zerocopy::IntoBytes;
 /// A link that cannot be made is tried again after this long, growing to the longest.
 const RETRY: Duration = Duration::from_millis(500);
 const RETRY_LONGEST: Duration = Duration::from_secs(5);
-
-fn duration(signed: jiff::SignedDuration) -> Duration {
-    Duration::try_from(signed).unwrap_or_default()
-}
 
 /// Starts both threads.
 ///

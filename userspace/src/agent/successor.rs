@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, ensure};
 
-use super::clock::{wall_ms, wall_ns};
+use super::clock::{duration, wall_ms, wall_ns};
 use super::filesystem_uuid::filesystem_uuid;
 use super::merge::SavedRegion;
 use super::node::{Node, lock};
@@ -319,7 +319,7 @@ impl TakeoverDriver for Successor {
     async fn fence(&mut self, _: &Claimed) -> StepResult {
         let cluster = &self.node.config.cluster;
         let words = cluster.fence_command.as_deref().unwrap_or_default();
-        let limit = Duration::try_from(cluster.fence_timeout).unwrap_or_default();
+        let limit = duration(cluster.fence_timeout);
         fence(words, &self.node.peer, limit, &self.node.events).await?;
         Ok(())
     }

@@ -281,6 +281,13 @@ impl FrameHeader {
     }
 }
 
+/// The name in a zero-padded field.
+#[must_use]
+pub fn unpadded(field: &[u8; 64]) -> String {
+    let end = field.iter().position(|b| *b == 0).unwrap_or(field.len());
+    String::from_utf8_lossy(field.get(..end).unwrap_or_default()).into_owned()
+}
+
 /// What the first frame of an epoch carries as `previous_crc32c`.
 #[must_use]
 pub fn chain_start(epoch: u64) -> u32 {

@@ -30,7 +30,7 @@ use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::ids::{Epoch, Seq};
-use crate::region::layout::Sealed;
+use crate::region::layout::{Sealed, unpadded};
 
 /// Directory at the volume's root that belongs to twinwrite.
 pub const OWN_DIRECTORY: &str = ".twinwrite";
@@ -124,11 +124,6 @@ fn padded(name: &str) -> Result<[u8; 64], SentinelError> {
         .ok_or_else(|| SentinelError::Name(name.to_owned()))?
         .copy_from_slice(name.as_bytes());
     Ok(out)
-}
-
-fn unpadded(bytes: &[u8; 64]) -> String {
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
 impl Sentinel {
