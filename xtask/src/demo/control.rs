@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::report::Report;
 use super::workload::{self, Stream};
-use super::{Plan, with_lab};
+use super::{Plan, STREAM_FOR_IN_CONTROL, with_lab};
 use crate::lab::{NodeName, Options, Programs, Service};
 use crate::progress;
 
@@ -18,7 +18,7 @@ pub(super) fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     with_lab(&name, options, false, |lab| {
         workload::settle(lab)?;
         let stream = Stream::start(lab)?;
-        stream.run_on(|| Ok(()))?;
+        stream.run_on(STREAM_FOR_IN_CONTROL, || Ok(()))?;
         progress::step(&format!("Crashing A ({})", report.crash), || {
             lab.crash(NodeName::A, plan.crash)
         })?;

@@ -10,7 +10,7 @@ use super::metrics::Sample;
 use super::report::Report;
 use super::timeline::{ClockOffset, moments};
 use super::workload::{self, Stream};
-use super::{Plan, with_lab};
+use super::{Plan, STREAM_FOR, with_lab};
 use crate::lab::config::{MOUNT_POINT, VOLUME};
 use crate::lab::{
     AgentAction, AwaitedState, Filesystem, Lab, LinkKind, NodeName, Options, Service,
@@ -38,7 +38,9 @@ pub(super) fn run(plan: &Plan, report: &mut Report) -> Result<()> {
         let settled_seq = wait_until_mirrored(lab, report)?;
         let offset = ClockOffset::measure(lab, NodeName::B)?;
         let stream = Stream::start(lab)?;
-        let sample = stream.run_on(|| Sample::read(&lab.run(NodeName::A, METRICS)?, VOLUME))?;
+        let sample = stream.run_on(STREAM_FOR, || {
+            Sample::read(&lab.run(NodeName::A, METRICS)?, VOLUME)
+        })?;
         let crash_ms = progress::step(&format!("Crashing A ({})", report.crash), || {
             lab.crash(NodeName::A, plan.crash)
         })?;

@@ -26,6 +26,9 @@ pub use report::Report;
 /// How long the second writer runs before the crash: longer than the agent remembers the peak of
 /// its lag, so that the exported peak is the stream's own.
 const STREAM_FOR: Duration = Duration::from_secs(21);
+/// How long it runs in the negative control. There is no lag to read; and a kernel flushes by itself
+/// what is 30 s old (`dirty_expire_centisecs`), so a longer wait would show less of what a crash takes.
+const STREAM_FOR_IN_CONTROL: Duration = Duration::from_secs(3);
 
 /// What to demonstrate.
 #[derive(Clone, Debug)]

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::STREAM_FOR;
 use crate::lab::config::MOUNT_POINT;
 use crate::lab::{Lab, NodeName};
 use crate::progress;
@@ -89,19 +88,23 @@ impl<'a> Stream<'a> {
         Ok(Self { lab, pid })
     }
 
-    /// Lets it run, and looks at A with `look` on the way, for the last time right before it
-    /// returns. It runs on.
-    pub(super) fn run_on<T>(&self, mut look: impl FnMut() -> Result<T>) -> Result<T> {
+    /// Lets it run for a while, and looks at A with `look` on the way, for the last time right
+    /// before it returns. It runs on.
+    pub(super) fn run_on<T>(
+        &self,
+        run_for: Duration,
+        mut look: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
         let what = format!(
             "On A: a second application goes on writing, for {} s",
-            STREAM_FOR.as_secs()
+            run_for.as_secs()
         );
         progress::step(&what, || {
             let began = Instant::now();
             loop {
                 let seen = look()?;
                 self.must_live()?;
-                if began.elapsed() >= STREAM_FOR {
+                if began.elapsed() >= run_for {
                     return Ok(seen);
                 }
                 std::thread::sleep(SAMPLE_INTERVAL);
