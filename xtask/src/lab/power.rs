@@ -33,7 +33,7 @@ pub enum CrashKind {
 /// What such a kernel says.
 const EMULATOR_OOPS: &str = "Oops: int3";
 /// A machine is started so often at the most before it takes commands.
-const BOOTS_MAX: usize = 3;
+const BOOTS_MAX: usize = 4;
 
 impl Lab {
     /// Crashes a machine and makes sure that it lived before and died in just this way. Gives the
@@ -91,10 +91,11 @@ impl Lab {
         Ok(())
     }
 
-    /// Waits until a started machine takes commands. A machine whose kernel the emulator broke on
-    /// its way up is started again: emulated processors may run into a breakpoint that the kernel
-    /// has already taken back from its own code, which no real one does, and which tells nothing of
-    /// what is tested.
+    /// Waits until a started machine takes commands. A machine that the emulator broke on its way up
+    /// is started again, since that tells nothing of what is tested: emulated processors may run into
+    /// a breakpoint that the kernel has already taken back from its own code, which no real one does;
+    /// and on a busy host the kernel may take its processor's clock for many times slower than it is,
+    /// so that its seconds fly.
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
@@ -102,12 +103,40 @@ impl Lab {
                     progress::note(&format!(
                         "{node}'s kernel met {EMULATOR_OOPS}: booting again"
                     ));
-                    self.done(&Request::Boot { node })?;
+                }
+                Ok(()) if self.is_clock_too_fast(node)? => {
+                    progress::note(&format!(
+                        "{node}'s kernel misjudged its clock, whose seconds fly: booting again"
+                    ));
+                    self.done(&Request::Kill { node })?;
+                    self.done(&Request::WaitDead {
+                        node,
+                        timeout_s: DEATH_LIMIT_S,
+                    })?;
                 }
                 result => return result,
             }
+            self.done(&Request::Boot { node })?;
         }
-        self.wait_once(node)
+        self.wait_once(node)?;
+        if self.is_clock_too_fast(node)? {
+            bail!(
+                "machine {node} misjudged its clock at each of {BOOTS_MAX} boots: this host is too busy \
+                 to emulate it; try again when it has less to do"
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether a machine that is ready has been up for longer than it exists.
+    fn is_clock_too_fast(&self, node: NodeName) -> Result<bool> {
+        let ready = self.share(node).join("ready");
+        let text = fs::read_to_string(&ready)
+            .with_context(|| format!("cannot read {}", ready.display()))?;
+        let up_s: f64 = (text.trim().parse())
+            .with_context(|| format!("{} is no uptime: {text:?}", ready.display()))?;
+        let exists_ms = super::clock::now_ms() - self.machine(node)?.started_at_ms;
+        Ok(flies(up_s, exists_ms))
     }
 
     fn broken_by_the_emulator(&self, node: NodeName) -> Result<bool> {
@@ -192,6 +221,11 @@ impl Lab {
     }
 }
 
+/// Whether this uptime is impossible for a machine of this age; its clock may be a little off.
+fn flies(up_s: f64, exists_ms: i64) -> bool {
+    up_s * 1000.0 > exists_ms as f64 * 1.2 + 1000.0
+}
+
 /// Each way to die leaves its own evidence; a machine that died of another cause must not pass.
 fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64> {
     let end = machine.ended.as_ref().context("it lives")?;
@@ -214,10 +248,19 @@ fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64>
 
 #[cfg(test)]
 mod tests {
-    use super::{CrashKind, judge};
+    use super::{CrashKind, flies, judge};
     use crate::lab::config::NodeName;
     use crate::lab::process::ProcessId;
     use crate::lab::protocol::{MachineEnd, MachineStatus};
+
+    #[test]
+    fn a_machine_cannot_be_up_for_longer_than_it_exists() {
+        assert!(!flies(2.8, 3_400));
+        assert!(!flies(31.0, 33_000));
+        assert!(!flies(33.5, 33_000), "a clock may be a little off");
+        assert!(flies(353.4, 24_000));
+        assert!(flies(8.0, 4_000));
+    }
 
     fn ended(how: &str, killed: bool) -> MachineStatus {
         MachineStatus {
