@@ -2,7 +2,7 @@
 //!
 //! Cores, which know no clock, socket or system call: `claim` (what a node says of a volume),
 //! `liveness` (is the peer dead), `ownership` (what this node is to a volume at start), `takeover`
-//! (the steps in their order). Drivers beside them: `mailbox` (the shared device), `table` (the
+//! (the steps in their order), `words` (what mailbox, sentinel and region say together). Drivers beside them: `mailbox` (the shared device), `table` (the
 //! local disk), `control` (the connection between the agents), `command` and `fence`
 //! (administrator's commands), `mounts`. Nothing here may mount, replay or serve a volume whose
 //! other node may still write to it.
@@ -17,3 +17,4 @@ pub mod mounts;
 pub mod ownership;
 pub mod table;
 pub mod takeover;
+pub mod words;
