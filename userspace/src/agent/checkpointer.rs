@@ -108,28 +108,13 @@ impl Checkpointer {
                 self.busy = false;
                 Some(outcome)
             }
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => {
+                // So that the next one is refused instead of being waited for.
+                self.busy = false;
+                None
+            }
         }
-    }
-
-    /// Carries one out and waits for it; one under way is waited for first and its outcome dropped.
-    ///
-    /// # Errors
-    /// Why nothing was proven.
-    pub fn run(&mut self, checkpoint: Checkpoint, time_ns: i64) -> Result<(), CheckpointError> {
-        if self.busy {
-            self.outcomes
-                .recv()
-                .map_err(|_| CheckpointError::Gone)?
-                .1
-                .ok();
-            self.busy = false;
-        }
-        let requests = self.requests.as_ref().ok_or(CheckpointError::Gone)?;
-        requests
-            .send((checkpoint, time_ns))
-            .map_err(|_| CheckpointError::Gone)?;
-        self.outcomes.recv().map_err(|_| CheckpointError::Gone)?.1
     }
 }
 

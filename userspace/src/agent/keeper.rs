@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::closer::Closer;
+use super::closer::{Closer, Nothing};
 use super::node::{Node, lock};
 use super::owner::{Left, Owner};
 use super::successor::{Successor, run_serve_command};
@@ -354,8 +354,10 @@ impl Keeper {
     fn close_without_capture(&self) {
         match Closer::new(&self.node, &self.volume, Arc::clone(&self.board)) {
             Ok(mut closer) => {
-                if let Some(epoch) = closer.open_epoch() {
-                    closer.close(epoch, "capture does not work");
+                let left = closer.left("capture does not work");
+                // What ended before has no gates here that its proof would open.
+                if let Some(unclosed) = left.filter(|left| left.reason.is_some()) {
+                    closer.close(&unclosed, &mut Nothing);
                 }
             }
             Err(error) => tracing::error!(volume = %self.volume.name, %error, "cannot close"),

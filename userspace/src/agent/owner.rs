@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use super::clock::duration;
-use super::closer::Closer;
+use super::closer::{Closer, Meanwhile, Unclosed};
 use super::filesystem_uuid::filesystem_uuid;
 use super::filler::Filler;
 use super::node::Node;
@@ -25,6 +25,7 @@ use crate::cluster::claim::EpochState;
 use crate::cluster::control::{RegionState, Request, Response};
 use crate::cluster::ownership::is_claimed_by_peer;
 use crate::config::Volume;
+use crate::durability::closing::Proven;
 use crate::events::Event;
 use crate::ids::{Epoch, RingPos, Seq};
 use crate::link::{Link, RingSource};
@@ -65,8 +66,8 @@ pub struct Owner<'a> {
     closer: Closer<'a>,
     filesystem_uuid: [u8; 16],
     last_epoch: Epoch,
-    /// An epoch that is not closed yet, and why it must be.
-    unclosed: Option<(Epoch, String)>,
+    /// An epoch that is not proven closed.
+    unclosed: Option<Unclosed>,
     /// Until then the epoch of an earlier agent may be gone on with.
     resume_until: Instant,
     /// Changes that this kernel does not even let be noticed.
@@ -95,7 +96,7 @@ impl<'a> Owner<'a> {
     /// # Errors
     /// What failed, with the remedy.
     pub fn new(
-        node: &'a Node,
+        node: &'a Arc<Node>,
         volume: &'a Volume,
         board: Arc<VolumeBoard>,
     ) -> anyhow::Result<Self> {
@@ -112,19 +113,13 @@ impl<'a> Owner<'a> {
         if !capture.resumed() {
             calibrate(&capture, mount).context("calibrating the hooks on this kernel")?;
         }
-        let on_volume = sentinel::read(mount).ok();
-        let last_epoch = on_volume.as_ref().map_or(Epoch(0), |s| s.epoch);
-        // What either place calls open is open: the ledger may not have been told of an end, or the
-        // checkpoint of an end not have been proven.
-        let open_on_volume = on_volume
-            .filter(|s| !s.closed && s.epoch > Epoch(0))
-            .map(|s| s.epoch);
-        let unclosed = closer.open_epoch().max(open_on_volume).map(|epoch| {
-            (
-                epoch,
-                "another agent ended, and this one cannot go on with it".to_owned(),
-            )
-        });
+        let last_epoch = sentinel::read(mount).map_or(Epoch(0), |s| s.epoch);
+        let unclosed = closer.left("another agent ended, and this one cannot go on with it");
+        // What ended before is not waited for.
+        let resume_for = match &unclosed {
+            Some(Unclosed { reason: None, .. }) | None => Duration::ZERO,
+            Some(_) => duration(volume.lag_limit),
+        };
         Ok(Self {
             node,
             volume,
@@ -135,7 +130,7 @@ impl<'a> Owner<'a> {
             filesystem_uuid: filesystem_uuid(&volume.device, &volume.filesystem)?,
             last_epoch,
             unclosed,
-            resume_until: Instant::now() + duration(volume.lag_limit),
+            resume_until: Instant::now() + resume_for,
             blind_spots: blind_spots(&capture),
             capture,
         })
@@ -161,7 +156,8 @@ impl<'a> Owner<'a> {
                 Ok(Some(session)) => {
                     let epoch = session.tail.epoch;
                     let ended = self.mirror(session);
-                    self.unclosed = Some((epoch, ended.to_string()));
+                    let reason = Some(ended.to_string());
+                    self.unclosed = Some(Unclosed { epoch, reason });
                     // From here on nothing can be gone on with.
                     self.resume_until = Instant::now();
                     self.say(
@@ -227,11 +223,16 @@ impl<'a> Owner<'a> {
 
     /// Closes what is not closed; whether nothing is left open.
     fn close(&mut self) -> bool {
-        let Some((epoch, reason)) = self.unclosed.clone() else {
+        let Some(unclosed) = &self.unclosed else {
             return true;
         };
+        // First of all, so that no later agent goes on with what was half closed.
         Continuity::clear(self.capture.control());
-        let closed = self.closer.close(epoch, &reason);
+        let mut drain = Drain {
+            volume: &self.volume.name,
+            ring: &mut self.ring,
+        };
+        let closed = self.closer.close(unclosed, &mut drain);
         if closed {
             self.unclosed = None;
         }
@@ -242,27 +243,18 @@ impl<'a> Owner<'a> {
     fn idle(&mut self, longest: Duration) {
         let deadline = Instant::now() + longest;
         while Instant::now() < deadline && !self.node.stopping() {
-            if let Err(error) = self.drain() {
+            if let Err(error) = drain(&mut self.ring) {
                 tracing::error!(volume = %self.volume.name, %error, "the ring cannot be read");
             }
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    fn drain(&mut self) -> anyhow::Result<()> {
-        while let Some(run) = self.ring.peek(usize::MAX)? {
-            let end = RingPos(run.start.0 + run.bytes.len() as u64);
-            self.ring.advance_to(end)?;
-            self.ring.release_to(end)?;
-        }
-        Ok(())
-    }
-
     /// Drains until nothing is half written: where an epoch may begin.
     fn drain_to_the_end(&mut self) -> anyhow::Result<RingPos> {
         let deadline = Instant::now() + Duration::from_secs(2);
         loop {
-            self.drain()?;
+            drain(&mut self.ring)?;
             if self.ring.cursor() == self.ring.producer() {
                 return Ok(self.ring.cursor());
             }
@@ -296,13 +288,13 @@ impl<'a> Owner<'a> {
         let Some(left) = Continuity::load(self.capture.control()) else {
             return Ok(None);
         };
-        let (Some(tail), Some((epoch, _))) = (&opened.tail, &self.unclosed) else {
+        let (Some(tail), Some(unclosed)) = (&opened.tail, &self.unclosed) else {
             return Ok(None);
         };
         let Some(position) = tail.end.ring_pos_end else {
             return Ok(None);
         };
-        let same = opened.open && opened.epoch == left.epoch && *epoch == left.epoch;
+        let same = opened.open && opened.epoch == left.epoch && unclosed.epoch == left.epoch;
         let whole = lost == left.drops.saturating_add(left.recursion_misses);
         let there = (self.ring.consumer()..=self.ring.producer()).contains(&position);
         if !(same && whole && there) {
@@ -470,6 +462,34 @@ impl<'a> Owner<'a> {
                 };
                 pump.sleep(longest)?;
             }
+        }
+    }
+}
+
+/// Reads everything and throws it away.
+fn drain(ring: &mut RingConsumer) -> anyhow::Result<()> {
+    while let Some(run) = ring.peek(usize::MAX)? {
+        let end = RingPos(run.start.0 + run.bytes.len() as u64);
+        ring.advance_to(end)?;
+        ring.release_to(end)?;
+    }
+    Ok(())
+}
+
+/// While an epoch is closed nobody needs the records, and what waits must not find the ring full.
+struct Drain<'a> {
+    volume: &'a str,
+    ring: &'a mut RingConsumer,
+}
+
+impl Meanwhile for Drain<'_> {
+    fn open_gates(&mut self, _: &Proven) {
+        tracing::debug!(volume = self.volume, "no region can be merged any more");
+    }
+
+    fn turn(&mut self) {
+        if let Err(error) = drain(self.ring) {
+            tracing::error!(volume = self.volume, %error, "the ring cannot be read");
         }
     }
 }
