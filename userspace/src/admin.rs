@@ -34,6 +34,12 @@ pub enum Request {
         /// The dead node.
         node: NodeId,
     },
+    /// A person's word that a volume whose takeover waits is to be served as it is on the disk, although
+    /// its region may hold what was not flushed.
+    DiscardRegion {
+        /// The volume.
+        volume: String,
+    },
 }
 
 /// What it answers.
@@ -204,6 +210,7 @@ mod tests {
             match request {
                 Request::Status => Answer::Done,
                 Request::ConfirmDead { node } => Answer::Refused { reason: node.0 },
+                Request::DiscardRegion { volume } => Answer::Refused { reason: volume },
             }
         }
     }

@@ -165,13 +165,23 @@ pub enum Event {
         cut_seq: Seq,
         /// There was no region to merge: what was unflushed is lost, and nobody knows how much.
         loss_unknown: bool,
+        /// What was merged is not whole, in words.
+        #[serde(default)]
+        warnings: Vec<String>,
+    },
+    /// A person decided what no node can.
+    PersonSaid {
+        /// Which word: `confirm-dead NODE`, `discard-region VOLUME`.
+        word: String,
+        /// The volumes that had waited for it.
+        volumes: Vec<String>,
     },
 }
 
 impl Event {
     /// How loud it is.
     #[must_use]
-    pub const fn level(&self) -> tracing::Level {
+    pub fn level(&self) -> tracing::Level {
         match self {
             Self::AgentStarted { .. }
             | Self::AgentStopped { .. }
@@ -186,11 +196,12 @@ impl Event {
                 ..
             }
             | Self::CommandRan { .. }
-            | Self::TakeoverStep { error: None, .. }
-            | Self::Serving {
+            | Self::TakeoverStep { error: None, .. } => tracing::Level::INFO,
+            Self::Serving {
                 loss_unknown: false,
+                warnings,
                 ..
-            } => tracing::Level::INFO,
+            } if warnings.is_empty() => tracing::Level::INFO,
             Self::OwnershipDecided { decision, .. } => match decision {
                 Decision::Suspended(_) => tracing::Level::ERROR,
                 Decision::TakenOver | Decision::WaitForMerge => tracing::Level::WARN,
@@ -303,22 +314,28 @@ impl fmt::Display for Event {
             Self::Serving {
                 volume,
                 loss_unknown: true,
+                warnings,
                 ..
             } => {
-                write!(
-                    f,
-                    "volume {volume}: served; there was no region: the loss is unknown"
-                )
+                write!(f, "volume {volume}: served; the loss is unknown")?;
+                warnings.iter().try_for_each(|told| write!(f, "; {told}"))
             }
             Self::Serving {
                 volume,
                 records_replayed,
                 cut_seq,
+                warnings,
                 ..
-            } => write!(
-                f,
-                "volume {volume}: served; {records_replayed} records merged, cut at {cut_seq}"
-            ),
+            } => {
+                write!(
+                    f,
+                    "volume {volume}: served; {records_replayed} records merged, cut at {cut_seq}"
+                )?;
+                warnings.iter().try_for_each(|told| write!(f, "; {told}"))
+            }
+            Self::PersonSaid { word, volumes } => {
+                write!(f, "a person said: {word} ({})", volumes.join(", "))
+            }
         }
     }
 }

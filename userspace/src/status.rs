@@ -69,6 +69,9 @@ pub struct TakeoverStatus {
     pub records_replayed: u64,
     /// The cut: the last record of the region.
     pub cut_seq: Seq,
+    /// What was merged is not whole, in words.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// What stopped it, if anything did.
     pub error: Option<String>,
 }

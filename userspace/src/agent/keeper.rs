@@ -3,7 +3,6 @@
 //! One thread a volume. It must never mount before `cluster::ownership` said that it may.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::closer::{Closer, Nothing};
@@ -18,6 +17,7 @@ use crate::cluster::mounts::{self, MountState};
 use crate::cluster::ownership::{
     Decision, Facts, LiveAnswer, decide, first_word, is_claimed_by_peer,
 };
+use crate::cluster::questions::Question;
 use crate::cluster::takeover::{Cause, Progress, Stamp, Takeover, TakeoverDriver as _};
 use crate::config::{MountBy, Volume};
 use crate::events::Event;
@@ -26,6 +26,17 @@ use crate::status::{PeerState, Protection, Role};
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 const DECIDE_EVERY: Duration = Duration::from_secs(1);
 const STEP_RETRY: Duration = Duration::from_secs(2);
+
+/// Where a takeover begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begin {
+    /// At its first step.
+    Claim(Cause),
+    /// There, and a person has said already that the owner is dead.
+    Confirmed,
+    /// Behind the fence, where an earlier agent of this node had come to.
+    Merging,
+}
 
 /// The keeper of one volume.
 pub struct Keeper {
@@ -37,7 +48,7 @@ pub struct Keeper {
 /// What follows.
 enum Next {
     Decide,
-    TakeOver(Cause),
+    TakeOver(Begin),
     Serve,
     Stop,
 }
@@ -56,9 +67,10 @@ impl Keeper {
     pub fn run(self) {
         let mut next = Next::Decide;
         loop {
+            self.node.ask_person(&self.volume.name, None);
             next = match next {
                 Next::Decide => self.decide(),
-                Next::TakeOver(cause) => self.take_over(cause),
+                Next::TakeOver(begin) => self.take_over(begin),
                 Next::Serve => self.serve(),
                 Next::Stop => return,
             };
@@ -121,12 +133,12 @@ impl Keeper {
             match decision {
                 Decision::Serve(_) => return Next::Serve,
                 Decision::Mirror | Decision::TakenOver => return self.mirror(),
-                Decision::FinishTakeover => return Next::TakeOver(Cause::OwnerDead),
+                Decision::FinishTakeover => return self.finish_takeover(),
                 Decision::WaitForMerge | Decision::Suspended(_) => {
                     let reason = reason_of(decision, self);
                     self.say(Role::None, Protection::Suspended, &reason);
-                    if self.is_confirmed(&decision) {
-                        return Next::TakeOver(Cause::OwnerDead);
+                    if self.is_confirmed() {
+                        return Next::TakeOver(Begin::Confirmed);
                     }
                     self.node.pause(DECIDE_EVERY);
                 }
@@ -134,12 +146,24 @@ impl Keeper {
         }
     }
 
+    /// An earlier agent of this node had begun it.
+    fn finish_takeover(&self) -> Next {
+        let claim = self.node.ledger.claim(&self.volume.name);
+        if claim.is_some_and(|claim| claim.phase == Phase::Merging) {
+            Next::TakeOver(Begin::Merging)
+        } else {
+            Next::TakeOver(Begin::Claim(Cause::OwnerDead))
+        }
+    }
+
     /// A person's word that the peer is dead lifts a doubt about the peer; where only the peer could
     /// have merged, what it held is lost, and the takeover says so.
-    fn is_confirmed(&self, decision: &Decision) -> bool {
-        matches!(decision, Decision::Suspended(_) | Decision::WaitForMerge)
-            && self.node.confirmed_dead.load(Ordering::Relaxed)
-            && matches!(self.node.peer_state(), PeerState::Dead | PeerState::Unknown)
+    fn is_confirmed(&self) -> bool {
+        let question = Question::IsPeerDead;
+        let may_be_dead = lock(&self.node.peer_view).may_be_dead();
+        self.node
+            .ask_person(&self.volume.name, may_be_dead.then_some(question));
+        self.node.was_told(&self.volume.name, question)
     }
 
     /// Holds the region until the owner dies.
@@ -170,7 +194,7 @@ impl Keeper {
                 .as_ref()
                 .is_some_and(|claim| claim.phase == Phase::Unmerged)
             {
-                return Next::TakeOver(Cause::OwnerRebooted);
+                return Next::TakeOver(Begin::Claim(Cause::OwnerRebooted));
             }
             let owned_by_peer = theirs.is_some()
                 || self
@@ -178,10 +202,12 @@ impl Keeper {
                     .ledger
                     .claim(name)
                     .is_some_and(|c| c.owner == self.node.peer);
-            let confirmed = self.node.confirmed_dead.load(Ordering::Relaxed);
-            let state = self.node.peer_state();
-            if owned_by_peer && (state == PeerState::Dead || confirmed) {
-                return Next::TakeOver(Cause::OwnerDead);
+            if owned_by_peer && self.node.peer_state() == PeerState::Dead {
+                return Next::TakeOver(Begin::Claim(Cause::OwnerDead));
+            }
+            // A node that stopped on purpose, and was powered off then, is never called dead here.
+            if owned_by_peer && self.is_confirmed() {
+                return Next::TakeOver(Begin::Confirmed);
             }
             let stopped = slot.is_some_and(|report| report.state == AgentState::Stopped);
             self.show_as_mirror(theirs.as_ref(), stopped);
@@ -222,18 +248,11 @@ impl Keeper {
         }
     }
 
-    fn take_over(&self, cause: Cause) -> Next {
+    fn take_over(&self, begin: Begin) -> Next {
         let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
         let silent_for = lock(&self.node.peer_view).silent_for;
-        let has_fence = self.node.config.cluster.fence_command.is_some();
         let detected: (Stamp, Duration) = (driver.now(), silent_for);
-        let mut takeover = Takeover::new(
-            &self.volume.name,
-            &self.node.peer,
-            cause,
-            has_fence,
-            detected,
-        );
+        let mut takeover = self.takeover(begin, detected);
         self.say(
             Role::Mirror,
             Protection::Suspended,
@@ -241,12 +260,7 @@ impl Keeper {
         );
         let mut retry_at = Instant::now();
         while !self.node.stopping() {
-            if self.node.confirmed_dead.swap(false, Ordering::Relaxed) {
-                let state = self.node.peer_state();
-                if let Err(error) = takeover.confirm_dead(&self.node.peer, state) {
-                    tracing::warn!(%error, "the word of a person was not taken");
-                }
-            }
+            self.hear_person(&mut takeover);
             if Instant::now() < retry_at {
                 self.node.pause(LOOK_EVERY);
                 continue;
@@ -255,7 +269,8 @@ impl Keeper {
                 self.node.peer_state(),
                 PeerState::Alive | PeerState::LinkSilent
             );
-            if cause == Cause::OwnerDead && lives && takeover.can_withdraw() {
+            let rebooted = begin == Begin::Claim(Cause::OwnerRebooted);
+            if lives && !rebooted && takeover.can_withdraw() {
                 match self.node.runtime.block_on(takeover.withdraw(&mut driver)) {
                     Ok(()) => return Next::Decide,
                     Err(error) => tracing::error!(%error, "the takeover could not be withdrawn"),
@@ -274,6 +289,50 @@ impl Keeper {
             }
         }
         Next::Stop
+    }
+
+    fn takeover(&self, begin: Begin, detected: (Stamp, Duration)) -> Takeover {
+        let (name, peer) = (&self.volume.name, &self.node.peer);
+        let has_fence = self.node.config.cluster.fence_command.is_some();
+        let of = |cause| Takeover::new(name, peer, cause, has_fence, detected);
+        match begin {
+            Begin::Claim(cause) => of(cause),
+            Begin::Confirmed => {
+                let mut takeover = of(Cause::OwnerDead);
+                self.confirm(&mut takeover);
+                takeover
+            }
+            Begin::Merging => Takeover::resumed(name, peer, detected),
+        }
+    }
+
+    fn confirm(&self, takeover: &mut Takeover) {
+        let state = self.node.peer_state();
+        if let Err(error) = takeover.confirm_dead(&self.node.peer, state) {
+            tracing::warn!(%error, "the word of a person was not taken");
+        }
+    }
+
+    /// Asks a person what the takeover waits for, and hands it the word that was given.
+    fn hear_person(&self, takeover: &mut Takeover) {
+        let name = &self.volume.name;
+        let question = if takeover.waits_for_judgement() {
+            Some(Question::IsRegionVoid)
+        } else if takeover.waits_for_fence() {
+            Some(Question::IsPeerDead)
+        } else {
+            None
+        };
+        self.node.ask_person(name, question);
+        match question {
+            Some(Question::IsRegionVoid) if self.node.was_told(name, Question::IsRegionVoid) => {
+                takeover.discard_region();
+            }
+            Some(Question::IsPeerDead) if self.node.was_told(name, Question::IsPeerDead) => {
+                self.confirm(takeover);
+            }
+            _ => {}
+        }
     }
 
     /// Mounts the volume, unless it is mounted already.

@@ -155,19 +155,19 @@ impl SavedRegion {
         })?)
     }
 
-    /// Plans and applies, keeping an agent and any other replay off the volume meanwhile.
+    /// Plans and applies. Whoever holds the sentinel file keeps an agent and any other replay off the
+    /// volume, and has to go on holding it until the replay is finished.
     ///
     /// # Errors
-    /// [`MergeError::Replay`]: nothing is lost, and it can be run again; also while somebody holds the
-    /// volume's sentinel file.
+    /// [`MergeError::Replay`]: nothing is lost, and it can be run again.
     pub fn merge(
         &self,
+        _held: &SentinelFile,
         mount: &Path,
         after: Seq,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Outcome, MergeError> {
         let plan = self.plan(after)?;
-        let _held = SentinelFile::open(mount).map_err(ReplayError::from)?;
         Ok(replay::apply(&plan, mount, progress)?)
     }
 }

@@ -24,10 +24,9 @@ mod successor;
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,6 +37,7 @@ use crate::cluster::claim::BootId;
 use crate::cluster::control::{ControlClient, ControlServer, Identity};
 use crate::cluster::mailbox::AgentState;
 use crate::cluster::mounts::{self, MountState};
+use crate::cluster::questions::NotTaken;
 use crate::config::{Config, TransportKind, Volume};
 use crate::events::{Event, EventLog};
 use crate::ids::NodeId;
@@ -47,7 +47,7 @@ use crate::status::PeerState;
 use handler::Handler;
 use keeper::Keeper;
 use ledger::Ledger;
-use node::{Node, NodePage, PeerView, StopOrder};
+use node::{Node, NodePage, PeerView, StopOrder, lock};
 use region_host::RegionHost;
 
 /// Bytes of the memory that the peer's heartbeats arrive in.
@@ -212,9 +212,12 @@ fn build(config: Config, own: NodeId) -> anyhow::Result<Arc<Node>> {
         peer_view: Mutex::new(PeerView {
             state: PeerState::Unknown,
             silent_for: Duration::ZERO,
+            boot_id: None,
+            is_silent: false,
         }),
         serving: Mutex::new(BTreeMap::new()),
-        confirmed_dead: AtomicBool::new(false),
+        questions: Mutex::default(),
+        began: Instant::now(),
         stop: StopOrder::default(),
         runtime: tokio::runtime::Handle::current(),
         config,
@@ -279,14 +282,45 @@ impl Responder for Person {
                     self.0.id, self.0.peer
                 ),
             },
-            admin::Request::ConfirmDead { node } => match self.0.peer_state() {
-                PeerState::Dead | PeerState::Unknown => {
-                    self.0.confirmed_dead.store(true, Ordering::Relaxed);
-                    Answer::Done
-                }
-                state => Answer::Refused {
-                    reason: format!("{node} is not dead: it looks {state:?}; power it off first"),
-                },
+            admin::Request::ConfirmDead { node } => self.peer_is_dead(&node),
+            admin::Request::DiscardRegion { volume } => self.region_is_void(&volume),
+        }
+    }
+}
+
+impl Person {
+    fn peer_is_dead(&self, peer: &NodeId) -> Answer {
+        let node = &self.0;
+        let view = *lock(&node.peer_view);
+        if !view.may_be_dead() {
+            let state = view.state;
+            let reason = if state == PeerState::Unknown {
+                format!("{peer} was not watched for long enough yet: ask again in a moment")
+            } else {
+                format!("{peer} is not dead: it looks {state:?}; power it off first")
+            };
+            return Answer::Refused { reason };
+        }
+        let taken = lock(&node.questions).peer_is_dead(view.boot_id, node.began.elapsed());
+        self.answer(format!("confirm-dead {peer}"), taken)
+    }
+
+    fn region_is_void(&self, volume: &str) -> Answer {
+        let node = &self.0;
+        let boot_id = lock(&node.peer_view).boot_id;
+        let taken = lock(&node.questions).region_is_void(volume, boot_id, node.began.elapsed());
+        let volumes = taken.map(|()| vec![volume.to_owned()]);
+        self.answer(format!("discard-region {volume}"), volumes)
+    }
+
+    fn answer(&self, word: String, taken: Result<Vec<String>, NotTaken>) -> Answer {
+        match taken {
+            Ok(volumes) => {
+                self.0.events.record(Event::PersonSaid { word, volumes });
+                Answer::Done
+            }
+            Err(error) => Answer::Refused {
+                reason: error.to_string(),
             },
         }
     }

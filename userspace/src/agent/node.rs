@@ -4,9 +4,8 @@
 //! the peer, the view is how the peer looks. Nothing here decides.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
@@ -15,6 +14,7 @@ use super::region_host::RegionHost;
 use crate::board::Board;
 use crate::cluster::claim::BootId;
 use crate::cluster::control::{ControlClient, ControlError, Request, Response};
+use crate::cluster::questions::{Question, Questions};
 use crate::config::{Config, Volume};
 use crate::events::EventLog;
 use crate::ids::NodeId;
@@ -38,6 +38,21 @@ pub struct PeerView {
     pub state: PeerState,
     /// How long it has been silent, at the last look.
     pub silent_for: Duration,
+    /// Its boot, as last heard.
+    pub boot_id: Option<BootId>,
+    /// Both paths were watched for long enough to know that it is silent.
+    pub is_silent: bool,
+}
+
+impl PeerView {
+    /// Whether a person's word that it is dead can be true as far as this node sees.
+    pub fn may_be_dead(&self) -> bool {
+        match self.state {
+            PeerState::Dead => true,
+            PeerState::Unknown => self.is_silent,
+            PeerState::Alive | PeerState::LinkSilent | PeerState::MailboxSilent => false,
+        }
+    }
 }
 
 /// The memory the peer's heartbeats arrive in.
@@ -105,8 +120,10 @@ pub struct Node {
     pub peer_view: Mutex<PeerView>,
     /// Volumes mounted and served here.
     pub serving: Mutex<BTreeMap<String, bool>>,
-    /// A person's word that the peer is dead, until it is used.
-    pub confirmed_dead: AtomicBool,
+    /// What waits for a person.
+    pub questions: Mutex<Questions>,
+    /// When the agent started.
+    pub began: Instant,
     /// The order to end.
     pub stop: StopOrder,
     /// For waiting on futures from threads.
@@ -139,6 +156,20 @@ impl Node {
     /// How the peer looks.
     pub fn peer_state(&self) -> PeerState {
         lock(&self.peer_view).state
+    }
+
+    /// Says what this volume waits for a person for; `None`: for nothing.
+    pub fn ask_person(&self, volume: &str, question: Option<Question>) {
+        lock(&self.questions).ask(volume, question);
+    }
+
+    /// Whether a person has answered this question of the volume; the word is used up by that. That the
+    /// peer is dead is not believed while it is heard.
+    pub fn was_told(&self, volume: &str, question: Question) -> bool {
+        let view = *lock(&self.peer_view);
+        let may_be = question != Question::IsPeerDead || view.may_be_dead();
+        let now = self.began.elapsed();
+        lock(&self.questions).take(volume, question, view.boot_id, now) && may_be
     }
 
     /// The configured volume of this name.

@@ -63,6 +63,8 @@ fn mailbox_pulse(node: &Node) {
         let mut view = lock(&node.peer_view);
         view.state = liveness.state();
         view.silent_for = link_age.min(mailbox_age);
+        view.boot_id = liveness.boot_id();
+        view.is_silent = liveness.is_silent();
         drop(view);
         for peer in node.board.peers() {
             peer.set_state(liveness.state());

@@ -4,7 +4,9 @@
 //! death: what is already done it leaves. It must never touch the volume before the step that
 //! carries the proof of the fence.
 
+use std::fs::File;
 use std::future::Future;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +15,7 @@ use anyhow::{Context as _, anyhow, ensure};
 
 use super::clock::{duration, wall_ms, wall_ns};
 use super::filesystem_uuid::filesystem_uuid;
-use super::merge::SavedRegion;
+use super::merge::{MergeError, SavedRegion};
 use super::node::{Node, lock};
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::command;
@@ -24,11 +26,12 @@ use crate::cluster::takeover::{
     Claimed, Fenced, Judged, Judgement, Merged, Mounted, Replayed, Revoked, Saved, Settled, Stamp,
     StepResult, TakeoverDriver,
 };
+use crate::cluster::words::{OwnerWord, RegionWord, Ruling, SentinelWord, Words};
 use crate::config::Volume;
 use crate::events::Event;
 use crate::ids::{Epoch, Seq};
-use crate::region::layout::region_state;
-use crate::replay::{self, NothingToDo, Sentinel, SentinelError, Verdict, sentinel};
+use crate::region::layout::{RegionHeader, Sealed as _, region_state};
+use crate::replay::{self, Sentinel, SentinelError, SentinelFile, sentinel};
 use crate::status::PeerState;
 
 /// Longest time a serve command may take.
@@ -41,6 +44,8 @@ pub struct Successor {
     began: Instant,
     /// Records of the region and where to begin, once judged.
     merge: Option<(SavedRegion, Seq)>,
+    /// The volume's sentinel file: from the judgement to the new epoch nobody else writes to it.
+    sentinel: Option<SentinelFile>,
     /// Epoch of the region that was saved, once judged; 0: none.
     held: Epoch,
 }
@@ -58,6 +63,7 @@ impl Successor {
             volume,
             began: Instant::now(),
             merge: None,
+            sentinel: None,
             held: Epoch(0),
         }
     }
@@ -95,10 +101,16 @@ impl Successor {
             return Ok(());
         };
         let mut host = lock(host);
-        let live = host.header()?;
         let path = self.saved();
-        if live.is_none_or(|header| header.state == region_state::EMPTY) {
-            // The memory did not survive this node's own reboot; a copy of before may have.
+        // The memory may not have survived this node's own reboot; a copy of before may have. And a
+        // person may have brought the copy that the other node saved.
+        let Some(live) = host
+            .header()?
+            .filter(|live| live.state != region_state::EMPTY)
+        else {
+            return Ok(());
+        };
+        if saved_epoch(&path).is_some_and(|saved| saved > live.epoch) {
             return Ok(());
         }
         let directory = path.parent().context("the state directory has no parent")?;
@@ -130,64 +142,104 @@ impl Successor {
         told.max(self.held).max(on_volume).next()
     }
 
-    fn judge_it(&mut self) -> anyhow::Result<Judgement> {
-        let (epoch, state) = self.last_word();
-        let on_volume = match sentinel::read(&self.volume.mount_point) {
-            Ok(sentinel) => Some(sentinel),
-            Err(SentinelError::Missing(_)) => None,
+    /// The owner's word: its own slot, as long as it speaks of its own ownership there; else what this
+    /// node took over from it into its claim.
+    fn owner_word(&self) -> Option<OwnerWord> {
+        let (ledger, name, peer) = (&self.node.ledger, &self.volume.name, &self.node.peer);
+        let of = |claim: VolumeClaim, phase, time_ns, exact| OwnerWord {
+            node: peer.clone(),
+            epoch: claim.epoch,
+            state: claim.epoch_state,
+            phase,
+            last_mirrored: claim.last_mirrored,
+            time_ns,
+            exact,
+        };
+        let report = ledger.peer_report();
+        let told = report.as_ref().and_then(|report| {
+            let claim = report.volumes.get(name).cloned();
+            claim.filter(|claim| claim.owner == *peer)
+        });
+        if let (Some(claim), Some(report)) = (told, report) {
+            let phase = claim.phase;
+            return Some(of(claim, phase, Some(report.time_ns), true));
+        }
+        let remembered = ledger.claim(name)?;
+        Some(of(remembered, Phase::Settled, None, false))
+    }
+
+    /// The three words, and the region if there is one.
+    fn words(&self) -> anyhow::Result<(Words, Option<SavedRegion>)> {
+        let sentinel = match sentinel::read(&self.volume.mount_point) {
+            Ok(sentinel) => SentinelWord::Says(sentinel),
+            Err(SentinelError::Missing(_)) => SentinelWord::Missing,
+            Err(error @ (SentinelError::Damaged(_) | SentinelError::Untrusted { .. })) => {
+                SentinelWord::Unreadable(error.to_string())
+            }
             Err(error) => return Err(error.into()),
         };
-        let (of_volume, closed) = on_volume.map_or((Epoch(0), false), |s| (s.epoch, s.closed));
         let path = self.saved();
-        let saved = if path.exists() {
-            let context = || format!("reading the saved region {}", path.display());
-            Some(SavedRegion::load(&path).with_context(context)?)
+        let (region, saved) = if path.exists() {
+            match SavedRegion::load(&path) {
+                Ok(saved) if saved.header.state == region_state::EMPTY => {
+                    (RegionWord::Missing, None)
+                }
+                Ok(saved) => {
+                    let (claim, mirrored) = (saved.claim(), saved.scan.mirrored);
+                    let time_ns = mirrored.map(|mirrored| mirrored.time_ns);
+                    (RegionWord::Says { claim, time_ns }, Some(saved))
+                }
+                Err(MergeError::Scan(error)) => (RegionWord::Damaged(error.to_string()), None),
+                Err(error) => {
+                    let context = format!("reading the saved region {}", path.display());
+                    return Err(anyhow::Error::new(error).context(context));
+                }
+            }
         } else {
-            None
+            (RegionWord::Missing, None)
         };
-        let held = saved
-            .as_ref()
-            .map_or(Epoch(0), |saved| Epoch(saved.header.epoch));
-        self.held = held;
-        if closed && of_volume > epoch.max(held) {
-            let why = format!("the volume is in epoch {of_volume} already: it was merged before");
-            return Ok(Judgement::Nothing { why });
-        }
-        let unprotected = |what: String| {
-            let why = format!("{what}; what was written since then and not flushed is lost");
-            Ok(Judgement::LossUnknown { why })
-        };
-        let Some(saved) = saved else {
-            return unprotected("this node holds no region of the volume".to_owned());
-        };
-        if closed {
-            return unprotected(format!("epoch {of_volume} of the volume was closed"));
-        }
-        if held != of_volume || held < epoch {
-            return unprotected(format!(
-                "the region here is of epoch {held}, the volume is in epoch {of_volume}, its \
-                 owner's last word was epoch {epoch}"
-            ));
-        }
-        if held == epoch && state == EpochState::Closed {
-            return unprotected(format!("the owner said that epoch {epoch} had ended"));
-        }
         let uuid = filesystem_uuid(&self.volume.device, &self.volume.filesystem)?;
-        match saved.judge(&self.volume.mount_point, held.next(), Some(uuid)) {
-            Verdict::Merge { after } => {
+        let words = Words {
+            owner: self.owner_word(),
+            sentinel,
+            region,
+            mounted_uuid: Some(uuid),
+        };
+        Ok((words, saved))
+    }
+
+    fn judge_it(&mut self) -> anyhow::Result<Judgement> {
+        if self.sentinel.is_none() {
+            // Judged on what nobody can change any more.
+            self.sentinel = Some(SentinelFile::open(&self.volume.mount_point)?);
+        }
+        let (words, saved) = self.words()?;
+        self.held = words.region_epoch();
+        tracing::info!(volume = %self.volume.name, "judged: {words}");
+        match (words.ruling(), saved) {
+            (Ruling::Merge { after }, Some(saved)) => {
                 self.merge = Some((saved, after));
                 Ok(Judgement::Merge)
             }
-            Verdict::Nothing(why) => Ok(Judgement::Nothing { why: nothing(&why) }),
-            Verdict::Refuse(refusal) => Err(anyhow!(refusal)),
+            (Ruling::Merge { .. }, None) => Err(anyhow!("there is no region to merge")),
+            (Ruling::Nothing(why), _) => Ok(Judgement::Nothing { why }),
+            (Ruling::Void(what), _) => Ok(Judgement::LossUnknown {
+                why: format!("{what}; what was written since then and not flushed is lost"),
+            }),
+            (Ruling::Ask(why), _) => Ok(Judgement::Ask {
+                why,
+                evidence: words.to_string(),
+            }),
+            (Ruling::Refuse(refusal), _) => Err(anyhow!(refusal)),
         }
     }
 
     fn merge_it(&mut self) -> anyhow::Result<Merged> {
-        let Some((saved, after)) = &self.merge else {
+        let (Some((saved, after)), Some(held)) = (&self.merge, &mut self.sentinel) else {
             return Ok(Merged::default());
         };
-        let outcome = saved.merge(&self.volume.mount_point, *after, &mut |_| ())?;
+        let mount = &self.volume.mount_point;
+        let outcome = saved.merge(held, mount, *after, &mut |_| ())?;
         let volume = &self.volume.name;
         tracing::info!(%volume, "replay: {outcome}");
         for item in &outcome.recovered {
@@ -199,17 +251,25 @@ impl Successor {
         let merged = Merged {
             records_replayed: outcome.records,
             cut_seq: saved.scan.cut,
+            warnings: outcome
+                .warnings
+                .iter()
+                .chain(&outcome.lost)
+                .cloned()
+                .collect(),
         };
-        let sentinel = self.sentinel(self.new_epoch());
-        replay::finish(&self.volume.mount_point, &sentinel)?;
-        if let Err(error) = replay::tidy(&self.volume.mount_point, &outcome) {
+        let sentinel = self.new_sentinel(self.new_epoch());
+        if let Some(held) = &mut self.sentinel {
+            replay::finish_held(mount, held, &sentinel)?;
+        }
+        if let Err(error) = replay::tidy(mount, &outcome) {
             tracing::warn!(%volume, %error, "what replay left behind could not be tidied up");
         }
         Ok(merged)
     }
 
     /// The sentinel of the epoch that begins with this ownership and has no region yet.
-    fn sentinel(&self, epoch: Epoch) -> Sentinel {
+    fn new_sentinel(&self, epoch: Epoch) -> Sentinel {
         Sentinel {
             cluster: self.node.config.cluster.name.clone(),
             volume: self.volume.name.clone(),
@@ -226,7 +286,11 @@ impl Successor {
             Ok(found) if found.closed && found.epoch > self.last_word().0 => found.epoch,
             _ => {
                 let epoch = self.new_epoch();
-                replay::finish(mount, &self.sentinel(epoch))?;
+                let sentinel = self.new_sentinel(epoch);
+                match &mut self.sentinel {
+                    Some(held) => replay::finish_held(mount, held, &sentinel)?,
+                    None => replay::finish(mount, &sentinel)?,
+                }
                 epoch
             }
         };
@@ -238,21 +302,24 @@ impl Successor {
         })?;
         let saved = self.saved();
         if saved.exists() {
-            std::fs::rename(&saved, saved.with_extension("merged"))?;
+            let kept_as = if self.merge.is_some() {
+                "merged"
+            } else {
+                "void"
+            };
+            std::fs::rename(&saved, saved.with_extension(kept_as))?;
         }
+        // The owner that this node is from now on holds it itself.
+        self.sentinel = None;
         Ok(())
     }
 }
 
-fn nothing(why: &NothingToDo) -> String {
-    match why {
-        NothingToDo::Durable { sentinel, last } => {
-            format!("everything up to record {sentinel} is durable, the region ends with {last}")
-        }
-        NothingToDo::Finished { epoch } => {
-            format!("the volume is in epoch {epoch} already: it was merged before")
-        }
-    }
+/// Epoch of a saved copy; `None` if there is none that can be read.
+fn saved_epoch(path: &Path) -> Option<u64> {
+    let mut bytes = [0; size_of::<RegionHeader>()];
+    File::open(path).ok()?.read_exact(&mut bytes).ok()?;
+    RegionHeader::open(&bytes).map(|header| header.epoch)
 }
 
 /// Runs the volume's serve command, if it has one.

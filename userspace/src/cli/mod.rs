@@ -50,11 +50,10 @@ enum Command {
         #[command(subcommand)]
         command: offline::RegionCommand,
     },
-    /// Give your word that a node is powered off, where no fence command is configured
+    /// Give your word where a takeover waits for it, as `twinwrite status` tells
     Takeover {
-        /// The node that is powered off and stays off until it was taken over
-        #[arg(long, value_name = "NODE")]
-        confirm_dead: String,
+        #[command(flatten)]
+        word: Word,
         /// Where the agent's socket lives
         #[arg(long, default_value = "/run/twinwrite")]
         run_dir: PathBuf,
@@ -64,6 +63,18 @@ enum Command {
         /// The volume's name
         volume: String,
     },
+}
+
+/// What only a person may decide.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct Word {
+    /// This node is powered off, and stays off until it was taken over
+    #[arg(long, value_name = "NODE")]
+    confirm_dead: Option<String>,
+    /// Serve this volume as it is on the disk, and give up what its region holds
+    #[arg(long, value_name = "VOLUME")]
+    discard_region: Option<String>,
 }
 
 /// A configuration, and which of its nodes this is.
@@ -93,10 +104,11 @@ pub fn main() -> anyhow::Result<ExitCode> {
         Command::Doctor { config } => inspect::doctor(config.as_deref()),
         Command::Replay(arguments) => offline::replay(&arguments),
         Command::Region { command } => offline::region(&command),
-        Command::Takeover {
-            confirm_dead,
-            run_dir,
-        } => status::confirm_dead(&run_dir, NodeId(confirm_dead)),
+        Command::Takeover { word, run_dir } => match (word.confirm_dead, word.discard_region) {
+            (Some(node), _) => status::confirm_dead(&run_dir, NodeId(node)),
+            (None, Some(volume)) => status::discard_region(&run_dir, volume),
+            (None, None) => anyhow::bail!("no word was given"),
+        },
         Command::Detach { volume } => inspect::detach(&volume),
     }
 }

@@ -50,9 +50,21 @@ pub(super) fn status(run_dir: &Path, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 pub(super) fn confirm_dead(run_dir: &Path, node: NodeId) -> anyhow::Result<ExitCode> {
-    match ask(run_dir, &Request::ConfirmDead { node: node.clone() })? {
+    let taken = format!("taken: {node} is treated as fenced; watch `twinwrite status`");
+    give(run_dir, &Request::ConfirmDead { node }, &taken)
+}
+
+pub(super) fn discard_region(run_dir: &Path, volume: String) -> anyhow::Result<ExitCode> {
+    let taken = format!(
+        "taken: {volume} is served as it is on the disk; its region is kept in saved/ of the state_dir"
+    );
+    give(run_dir, &Request::DiscardRegion { volume }, &taken)
+}
+
+fn give(run_dir: &Path, word: &Request, taken: &str) -> anyhow::Result<ExitCode> {
+    match ask(run_dir, word)? {
         Answer::Done => {
-            println!("taken: {node} is treated as fenced; watch `twinwrite status`");
+            println!("{taken}");
             Ok(ExitCode::SUCCESS)
         }
         Answer::Refused { reason } => anyhow::bail!("refused: {reason}"),
@@ -174,6 +186,9 @@ pub(super) fn render(status: &AgentStatus, health: Health, why: &[String]) -> St
         text += &format!("takeover of {}: {}", volume.name, steps.join(", "));
         if takeover.serving {
             text += &format!("; serving, {} records merged", takeover.records_replayed);
+            for warning in &takeover.warnings {
+                text += &format!("; {warning}");
+            }
         }
         if let Some(error) = &takeover.error {
             text += &format!("; stopped: {error}");

@@ -179,6 +179,12 @@ impl Liveness {
         self.boot_id
     }
 
+    /// Both paths were watched for a whole window and nothing was heard on either since.
+    #[must_use]
+    pub const fn is_silent(&self) -> bool {
+        self.link.quiet && self.mailbox.quiet
+    }
+
     /// Time since the last sign of life on the link, and in the mailbox.
     #[must_use]
     pub fn ages(&self, now: Duration) -> (Duration, Duration) {

@@ -9,7 +9,8 @@
 //! proofs: nothing can be mounted before the fence, nothing replayed before the region is
 //! saved. A step that fails stops the takeover with its reason; it is tried again from that step,
 //! and a new agent begins at the first step, so every step must be repeatable. Without a fence
-//! command nothing is claimed until a person says that the owner is dead.
+//! command nothing is claimed until a person says that the owner is dead; and where the judge finds
+//! words that contradict each other, nothing is merged before a person has decided.
 //!
 //! Time comes from the driver. This module must never go on after a step that did not succeed.
 
@@ -77,15 +78,25 @@ pub enum Judgement {
         /// Why.
         why: String,
     },
+    /// Mailbox, sentinel and region contradict each other: only a person can tell what is true.
+    Ask {
+        /// How they do.
+        why: String,
+        /// What each of them says.
+        evidence: String,
+    },
 }
 
 /// What a replay did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Merged {
     /// Records of the region that were merged.
     pub records_replayed: u64,
     /// The last record of the region.
     pub cut_seq: Seq,
+    /// What was merged is not whole, in words: changes that were noticed and not captured, inodes that
+    /// could not be made.
+    pub warnings: Vec<String>,
 }
 
 macro_rules! proof {
@@ -151,8 +162,8 @@ impl Judged {
 impl Replayed {
     /// What was merged.
     #[must_use]
-    pub const fn merged(&self) -> Merged {
-        self.merged
+    pub const fn merged(&self) -> &Merged {
+        &self.merged
     }
 }
 
@@ -240,7 +251,8 @@ impl fmt::Display for Stage {
 pub enum Progress {
     /// A step is done, another follows.
     Stepped,
-    /// Nothing happens until a person confirms that the owner is dead.
+    /// Nothing happens until a person confirms that the owner is dead, or decides what the judge
+    /// cannot.
     WaitsForPerson,
     /// A step failed; the next call tries it again.
     Stopped,
@@ -291,6 +303,10 @@ pub struct Takeover {
     has_fence: bool,
     confirmed: bool,
     told_to_wait: bool,
+    /// What the judge asks a person.
+    question: Option<String>,
+    /// A person said to go on without the region.
+    discard: bool,
     told_begin: bool,
     loss_unknown: bool,
     stage: Stage,
@@ -317,6 +333,8 @@ impl Takeover {
             has_fence,
             confirmed: false,
             told_to_wait: false,
+            question: None,
+            discard: false,
             told_begin: false,
             loss_unknown: false,
             stage: Stage::Claim,
@@ -384,6 +402,25 @@ impl Takeover {
         Ok(())
     }
 
+    /// Whether a person's word that the owner is dead would help now: no fence command is configured, or
+    /// it failed.
+    #[must_use]
+    pub const fn waits_for_fence(&self) -> bool {
+        self.can_withdraw() && self.status.error.is_some()
+    }
+
+    /// Whether the judge waits for a person.
+    #[must_use]
+    pub const fn waits_for_judgement(&self) -> bool {
+        self.question.is_some() && matches!(self.stage, Stage::Judge(_))
+    }
+
+    /// Takes a person's word to serve the volume as it is on the disk, and to give up what the region
+    /// holds. Counts only for the question that waits.
+    pub fn discard_region(&mut self) {
+        self.discard = self.waits_for_judgement();
+    }
+
     /// Gives up, because the owner lives.
     ///
     /// # Errors
@@ -426,6 +463,9 @@ impl Takeover {
         if self.waits_for_person() {
             return self.tell_to_wait(driver);
         }
+        if self.waits_for_judgement() && !self.discard {
+            return Progress::WaitsForPerson;
+        }
         self.tell_begin(driver);
         let name = self.stage.to_string();
         let began = driver.now();
@@ -443,6 +483,9 @@ impl Takeover {
         let Ok(next) = next else {
             return Progress::Stopped;
         };
+        let Some(next) = next else {
+            return self.ask(driver);
+        };
         self.status.steps.push(step(&name, took, ended));
         self.stage = next;
         if matches!(self.stage, Stage::Done) {
@@ -452,9 +495,10 @@ impl Takeover {
         }
     }
 
-    /// The next step's work; the stage changes only when the whole step succeeded.
-    async fn step(&mut self, driver: &mut impl TakeoverDriver) -> StepResult<Stage> {
-        Ok(match &self.stage {
+    /// The next step's work; the stage changes only when the whole step succeeded. `None`: a person
+    /// decides.
+    async fn step(&mut self, driver: &mut impl TakeoverDriver) -> StepResult<Option<Stage>> {
+        Ok(Some(match &self.stage {
             Stage::Claim => {
                 driver.claim().await?;
                 Stage::Fence(Claimed(()))
@@ -480,20 +524,35 @@ impl Takeover {
                 driver.mount(saved).await?;
                 Stage::Judge(Mounted(()))
             }
-            Stage::Judge(mounted) => Stage::Replay(Judged {
-                judgement: driver.judge(mounted).await?,
-            }),
+            Stage::Judge(mounted) => {
+                let judgement = match driver.judge(mounted).await? {
+                    Judgement::Ask { why, .. } if self.discard => Judgement::LossUnknown {
+                        why: format!("a person gave up what the region holds: {why}"),
+                    },
+                    Judgement::Ask { why, evidence } => {
+                        self.question = Some(self.put(&why, &evidence));
+                        return Ok(None);
+                    }
+                    judgement => judgement,
+                };
+                Stage::Replay(Judged { judgement })
+            }
             Stage::Replay(judged) => {
                 let merged = match judged.judgement {
                     Judgement::Merge => driver.replay(judged).await?,
                     Judgement::Nothing { .. } => Merged::default(),
-                    Judgement::LossUnknown { .. } => {
+                    // The one that asks never becomes `Judged`.
+                    Judgement::LossUnknown { ref why } | Judgement::Ask { ref why, .. } => {
                         self.loss_unknown = true;
-                        Merged::default()
+                        Merged {
+                            warnings: vec![why.clone()],
+                            ..Merged::default()
+                        }
                     }
                 };
                 self.status.records_replayed = merged.records_replayed;
                 self.status.cut_seq = merged.cut_seq;
+                self.status.warnings.clone_from(&merged.warnings);
                 Stage::Epoch(Replayed { merged })
             }
             Stage::Epoch(replayed) => {
@@ -505,7 +564,25 @@ impl Takeover {
                 Stage::Done
             }
             Stage::Done => Stage::Done,
-        })
+        }))
+    }
+
+    fn put(&self, why: &str, evidence: &str) -> String {
+        let volume = &self.volume;
+        format!(
+            "waiting for a person: {why}. The evidence: {evidence}. The volume is mounted here and not \
+             served; look at it, and mend what is wrong, then start this agent again; or serve it as \
+             it is on the disk and give up what was not flushed: \
+             `twinwrite takeover --discard-region {volume}`"
+        )
+    }
+
+    fn ask(&mut self, driver: &mut impl TakeoverDriver) -> Progress {
+        let reason = self.question.clone().unwrap_or_default();
+        self.status.error = Some(reason.clone());
+        let volume = self.volume.clone();
+        driver.report(Event::TakeoverWaits { volume, reason });
+        Progress::WaitsForPerson
     }
 
     const fn fenced_by(&self) -> FencedBy {
@@ -559,6 +636,7 @@ impl Takeover {
             records_replayed: self.status.records_replayed,
             cut_seq: self.status.cut_seq,
             loss_unknown: self.loss_unknown,
+            warnings: self.status.warnings.clone(),
         });
         Progress::Serving
     }

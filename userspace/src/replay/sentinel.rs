@@ -266,8 +266,17 @@ pub fn read(mount: &Path) -> Result<Sentinel, SentinelError> {
     let bytes = bytes_of(&open_file(&directory, &path, OFlags::RDONLY)?, &path)?;
     match newest(&bytes) {
         Some((_, slot)) => Ok(Sentinel::of(&slot)),
+        None if never_written(&bytes) => Err(SentinelError::Missing(path)),
         None => Err(SentinelError::Damaged(path)),
     }
+}
+
+/// The first write goes to the first slot, the second to the second: where that one is still blank and
+/// the first not valid, no write has ever ended.
+fn never_written(bytes: &[u8]) -> bool {
+    bytes
+        .get(SLOT_BYTES..)
+        .is_none_or(|second| second.iter().all(|byte| *byte == 0))
 }
 
 /// The sentinel file, held open and locked by whoever writes checkpoints or replays.

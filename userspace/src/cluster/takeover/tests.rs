@@ -75,6 +75,7 @@ impl TakeoverDriver for Fake {
         let merged = Merged {
             records_replayed: 7,
             cut_seq: Seq(42),
+            warnings: vec!["a change was not captured".into()],
         };
         self.call("replay").map(|()| merged)
     }
@@ -138,9 +139,11 @@ async fn the_steps_run_in_their_order_and_are_timed() {
         driver.events[10],
         Event::Serving {
             loss_unknown: false,
+            ref warnings,
             ..
-        }
+        } if warnings.len() == 1
     ));
+    assert_eq!(status.warnings, ["a change was not captured"]);
     assert_eq!(driver.events.len(), 11);
     // Once it serves, nothing is done again.
     assert_eq!(takeover.run(&mut driver).await, Progress::Serving);
@@ -278,4 +281,37 @@ async fn a_false_alarm_is_withdrawn_until_the_owner_is_fenced_and_not_after() {
             assert!(matches!(result, Err(WithdrawError::TooLate(_))));
         }
     }
+}
+
+#[tokio::test]
+async fn words_that_contradict_each_other_wait_for_a_person_who_gives_the_region_up() {
+    let (mut driver, mut takeover) = (Fake::new(), takeover(Cause::OwnerDead, true));
+    driver.judgement = Judgement::Ask {
+        why: "the volume was set back".into(),
+        evidence: "mailbox: epoch 5; sentinel: epoch 4".into(),
+    };
+    takeover.discard_region();
+    for _ in 0..3 {
+        assert_eq!(takeover.run(&mut driver).await, Progress::WaitsForPerson);
+        assert!(takeover.waits_for_judgement() && !takeover.waits_for_fence());
+    }
+    assert_eq!(
+        driver.calls,
+        ALL_CALLS[..7],
+        "judged once, and nothing after it"
+    );
+    let waits = |event: &&Event| matches!(event, Event::TakeoverWaits { .. });
+    assert_eq!(driver.events.iter().filter(waits).count(), 1, "told once");
+    let reason = takeover.status().error.clone().unwrap();
+    for part in [
+        "set back",
+        "sentinel: epoch 4",
+        "twinwrite takeover --discard-region data",
+    ] {
+        assert!(reason.contains(part), "{part} is not in {reason}");
+    }
+    takeover.discard_region();
+    assert_eq!(takeover.run(&mut driver).await, Progress::Serving);
+    assert!(!driver.calls.contains(&"replay"));
+    assert!(takeover.loss_unknown() && takeover.status().error.is_none());
 }

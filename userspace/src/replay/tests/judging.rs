@@ -146,7 +146,7 @@ fn a_torn_sentinel_write_leaves_the_one_before() {
     let mut file = SentinelFile::open(mount.path()).expect("open");
     assert!(matches!(
         sentinel::read(mount.path()),
-        Err(SentinelError::Damaged(_))
+        Err(SentinelError::Missing(_))
     ));
     for seq in 1..=5 {
         file.write(&sentinel_of(7, seq)).expect("write");
@@ -173,6 +173,28 @@ fn a_torn_sentinel_write_leaves_the_one_before() {
         file.write(&sentinel_of(7, 5)).expect("write");
         assert_eq!(sentinel::read(mount.path()).expect("read").seq, Seq(5));
     }
+}
+
+#[test]
+fn a_sentinel_whose_first_write_was_torn_was_never_written_and_a_later_one_is_damaged() {
+    let mount = tempfile::tempdir().expect("a directory");
+    let mut file = SentinelFile::open(mount.path()).expect("open");
+    file.write(&sentinel_of(7, 1)).expect("write");
+    let path = mount.path().join(".twinwrite/sentinel");
+    let raw = std::fs::File::options()
+        .write(true)
+        .open(&path)
+        .expect("open");
+    raw.write_all_at(b"?", 40).expect("tear");
+    assert!(matches!(
+        sentinel::read(mount.path()),
+        Err(SentinelError::Missing(_))
+    ));
+    raw.write_all_at(b"?", 4096 + 40).expect("damage");
+    assert!(matches!(
+        sentinel::read(mount.path()),
+        Err(SentinelError::Damaged(_))
+    ));
 }
 
 #[test]
