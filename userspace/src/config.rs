@@ -118,6 +118,9 @@ pub struct Volume {
     /// Mount options, as for mount(8).
     #[serde(default)]
     pub mount_options: String,
+    /// The device keeps what it has confirmed although the file system is mounted without barriers.
+    #[serde(default)]
+    pub allow_no_barriers: bool,
     /// Who mounts it.
     #[serde(default = "default_mount_by")]
     pub mount_by: MountBy,

@@ -26,6 +26,22 @@ const XFS_UUID_AT: usize = 32;
 /// # Errors
 /// When the device cannot be read.
 pub fn filesystem_uuid(device: &Path, filesystem: &str) -> anyhow::Result<[u8; 16]> {
+    let page = super_block(device)?;
+    let at = if filesystem == "xfs" {
+        XFS_UUID_AT
+    } else {
+        EXT4_UUID_AT
+    };
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&page[at..at + 16]);
+    Ok(uuid)
+}
+
+/// The first page of `device`: it holds the super block of both file systems.
+///
+/// # Errors
+/// When the device cannot be read.
+pub fn super_block(device: &Path) -> anyhow::Result<[u8; 4096]> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
@@ -34,14 +50,7 @@ pub fn filesystem_uuid(device: &Path, filesystem: &str) -> anyhow::Result<[u8; 1
     let mut page = Page::new_zeroed();
     file.read_exact_at(page.as_mut_bytes(), 0)
         .with_context(|| format!("reading the super block of {}", device.display()))?;
-    let at = if filesystem == "xfs" {
-        XFS_UUID_AT
-    } else {
-        EXT4_UUID_AT
-    };
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&page.0[at..at + 16]);
-    Ok(uuid)
+    Ok(page.0)
 }
 
 /// The UUID of the file system that is mounted at `mount_point`.

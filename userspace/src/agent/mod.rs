@@ -9,6 +9,7 @@ mod clock;
 mod closer;
 pub mod filesystem_uuid;
 mod filler;
+mod fitness;
 mod handler;
 mod keeper;
 mod ledger;

@@ -14,6 +14,7 @@ use super::clock::duration;
 use super::closer::{Closer, Meanwhile, Unclosed};
 use super::filesystem_uuid::filesystem_uuid;
 use super::filler::Filler;
+use super::fitness;
 use super::node::Node;
 use super::pump::{Ended, Limits, Parts, Pump, Standing, Turn, events_lost};
 use crate::board::VolumeBoard;
@@ -101,6 +102,7 @@ impl<'a> Owner<'a> {
         board: Arc<VolumeBoard>,
     ) -> anyhow::Result<Self> {
         let mount = &volume.mount_point;
+        fitness::check(volume)?;
         let options = CaptureOptions {
             volume_name: volume.name.clone(),
             device: kernel_device(mount)?,

@@ -6,9 +6,10 @@
 
 use anyhow::bail;
 
+use super::fitness;
 use super::node::Node;
 use crate::capture;
-use crate::cluster::claim::Phase;
+use crate::cluster::claim::{EpochState, Phase};
 use crate::cluster::mounts::{self, MountState};
 use crate::cluster::ownership::Word;
 use crate::config::{MountBy, Volume};
@@ -24,6 +25,7 @@ pub fn check(node: &Node) -> anyhow::Result<()> {
             MountState::NotMounted if !must_be_mounted(node, volume) => {}
             _ => drop(mounts::require_mounted(volume)?),
         }
+        check_fitness(node, volume)?;
     }
     check_kernel(node)
 }
@@ -43,6 +45,21 @@ fn must_be_mounted(node: &Node, volume: &Volume) -> bool {
                 && own.boot_id == Some(node.boot_id)
         }
     }
+}
+
+/// What a volume is cannot be mended by the other node. Where an epoch runs the agent is needed all the
+/// same, to close it: the owner refuses then.
+fn check_fitness(node: &Node, volume: &Volume) -> anyhow::Result<()> {
+    let own = node.ledger.own_word(&volume.name);
+    let runs = matches!(&own.word, Word::Says(claim) if claim.epoch_state == EpochState::Open);
+    let result = fitness::check(volume);
+    if runs || volume.owner != node.id {
+        if let Err(error) = result {
+            tracing::error!("{error:#}");
+        }
+        return Ok(());
+    }
+    result
 }
 
 fn check_kernel(node: &Node) -> anyhow::Result<()> {

@@ -320,10 +320,11 @@ fn check_filesystem(findings: &mut Findings, volume: &Volume) {
                  without journal recovery, realtime or DAX): remove it"
             )
         });
-        findings.warn_if(matches!(option, "nobarrier" | "barrier=0"), || {
+        let no_barriers = matches!(option, "nobarrier" | "barrier=0");
+        findings.require(!no_barriers || volume.allow_no_barriers, || {
             format!(
-                "volume.mount_options of `{name}`: with `{option}` an fsync proves nothing \
-                 unless the device has no volatile cache"
+                "volume.mount_options of `{name}`: with `{option}` an fsync proves nothing unless the \
+                 device has no volatile cache: remove it, or say so with `allow_no_barriers = true`"
             )
         });
     }

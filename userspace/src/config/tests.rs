@@ -212,6 +212,12 @@ fn each_rule_is_told_with_key_and_remedy() {
             "volume.mount_options",
             "remove it",
         ),
+        (
+            "#mount_options = \"noatime\"",
+            "mount_options = \"nobarrier\"",
+            "volume.mount_options",
+            "allow_no_barriers",
+        ),
     ];
     for (from, to, key, remedy) in cases {
         let error = error_with(from, to);
@@ -220,6 +226,15 @@ fn each_rule_is_told_with_key_and_remedy() {
             "{to}: {error}"
         );
     }
+}
+
+#[test]
+fn barriers_may_be_off_where_the_configuration_says_so_in_words() {
+    let text = EXAMPLE.replace(
+        "#mount_options = \"noatime\"",
+        "mount_options = \"nobarrier\"\nallow_no_barriers = true",
+    );
+    parse(&text).unwrap().validate(&NodeId("a".into())).unwrap();
 }
 
 #[test]
