@@ -34,6 +34,11 @@ pub enum Request {
         /// The dead node.
         node: NodeId,
     },
+    /// End. With a time: leave what runs to the next agent, which is there within that time.
+    Stop {
+        /// Milliseconds.
+        restart_within_ms: Option<u32>,
+    },
     /// A person's word that a volume whose takeover waits is to be served as it is on the disk, although
     /// its region may hold what was not flushed.
     DiscardRegion {
@@ -210,6 +215,7 @@ mod tests {
             match request {
                 Request::Status => Answer::Done,
                 Request::ConfirmDead { node } => Answer::Refused { reason: node.0 },
+                Request::Stop { .. } => Answer::Done,
                 Request::DiscardRegion { volume } => Answer::Refused { reason: volume },
             }
         }

@@ -284,6 +284,10 @@ pub struct PeerBoard {
     pub heartbeat_age_ms: Gauge,
     /// Age of its last heartbeat in the mailbox, milliseconds.
     pub mailbox_age_ms: Gauge,
+    /// How long ago the volumes it serves last answered, by its own word, milliseconds.
+    pub volume_io_age_ms: Gauge,
+    /// Its agent said that it restarts.
+    pub restarting: AtomicBool,
 }
 
 impl PeerBoard {
@@ -318,6 +322,8 @@ impl Board {
                     state: Mutex::new(PeerState::Unknown),
                     heartbeat_age_ms: Gauge::default(),
                     mailbox_age_ms: Gauge::default(),
+                    volume_io_age_ms: Gauge::default(),
+                    restarting: AtomicBool::new(false),
                 })
             })
             .collect();
@@ -362,6 +368,8 @@ impl Board {
                     state: peer.state(),
                     heartbeat_age_ms: peer.heartbeat_age_ms.get(),
                     mailbox_age_ms: peer.mailbox_age_ms.get(),
+                    volume_io_age_ms: peer.volume_io_age_ms.get(),
+                    restarting: peer.restarting.load(Ordering::Relaxed),
                 })
                 .collect(),
             volumes: self.volumes.values().map(|v| v.status()).collect(),

@@ -66,6 +66,9 @@ pub struct Cluster {
     /// Silence on both paths after which a node is dead.
     #[serde(default = "default_dead_after")]
     pub dead_after: SignedDuration,
+    /// A node whose volumes have not answered for so long is taken over although its agent lives, if
+    /// the other node reaches them; default: never.
+    pub volume_io_limit: Option<SignedDuration>,
     /// Command that powers a node off; `{node}` is replaced by its name. Exit status 0 promises that
     /// the node can no longer reach the volume. Without it takeover waits for a person.
     pub fence_command: Option<Vec<String>>,

@@ -128,6 +128,12 @@ pub struct PeerStatus {
     pub heartbeat_age_ms: u64,
     /// Age of its last heartbeat in the mailbox, milliseconds.
     pub mailbox_age_ms: u64,
+    /// How long ago the volumes it serves last answered, by its own word, milliseconds.
+    #[serde(default)]
+    pub volume_io_age_ms: u64,
+    /// Its agent said that it restarts: its silence means nothing for a while.
+    #[serde(default)]
+    pub restarting: bool,
 }
 
 /// Everything `twinwrite status --json` prints.

@@ -7,12 +7,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use thiserror::Error;
 
 use super::clock::wall_ns;
 use crate::cluster::claim::{BootId, EpochState, Phase, VolumeClaim};
-use crate::cluster::liveness::MailboxLook;
+use crate::cluster::liveness::{MailboxLook, Told};
 use crate::cluster::mailbox::{
     AgentState, Mailbox, MailboxError, NodeReport, SlotError, look_at, word_of,
 };
@@ -94,6 +95,7 @@ impl Ledger {
             time_ns: wall_ns(),
             state: AgentState::Starting,
             volumes: std::collections::BTreeMap::new(),
+            told: Told::default(),
         };
         let table = Table::new(cluster, boot_id);
         Ok(Self {
@@ -258,6 +260,26 @@ impl Ledger {
         let mailbox = lock(&self.mailbox);
         lock(&self.inner).report.state = state;
         self.write(&mailbox).map(drop)
+    }
+
+    /// Announces in the slot that this agent restarts.
+    ///
+    /// # Errors
+    /// When the mailbox cannot be written.
+    pub fn announce_restart(&self, within: Duration) -> Result<(), LedgerError> {
+        let mailbox = lock(&self.mailbox);
+        lock(&self.inner).report.told.restart_within = within;
+        self.write(&mailbox).map(drop)
+    }
+
+    /// What this node tells beside its sign of life.
+    pub fn told(&self) -> Told {
+        lock(&self.inner).report.told
+    }
+
+    /// Notes how long ago the volumes that are served here last answered; it goes out with the next beat.
+    pub fn note_volume_io(&self, age: Option<Duration>) {
+        lock(&self.inner).report.told.volume_io_age = age;
     }
 
     /// One heartbeat: writes this node's slot and looks at the peer's.

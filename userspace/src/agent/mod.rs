@@ -21,16 +21,19 @@ mod pulse;
 mod pump;
 mod region_host;
 mod successor;
+mod volume_io;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 
 use crate::admin::{self, Answer, Responder};
 use crate::board::Board;
@@ -45,16 +48,20 @@ use crate::ids::NodeId;
 use crate::link::{SharedMemory, open_transport};
 use crate::metrics;
 use crate::status::PeerState;
+use clock::duration;
 use handler::Handler;
 use keeper::Keeper;
 use ledger::Ledger;
 use node::{Node, NodePage, PeerView, StopOrder, lock};
 use region_host::RegionHost;
+use volume_io::VolumeIo;
 
 /// Bytes of the memory that the peer's heartbeats arrive in.
 const NODE_PAGE_BYTES: u64 = 4096;
 /// Longest wait for the volumes' orderly end.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// Longest time for which a restart may be announced: for so long a death goes unnoticed.
+const RESTART_LIMIT: Duration = Duration::from_secs(300);
 
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
@@ -111,8 +118,12 @@ async fn run_on(config: Config, own: NodeId) -> anyhow::Result<()> {
     let server = ControlServer::bind(identity, Arc::clone(&node.events)).await?;
     tokio::spawn(server.serve(Arc::new(Handler(Arc::clone(&node)))));
     let keepers = start_threads(&node)?;
-    wait_for_the_end().await?;
-    tracing::info!("stopping: epochs are closed and checkpoints proven first");
+    wait_for_the_end(&node).await?;
+    if node.restarting() {
+        tracing::info!("stopping for a restart: what runs is left to the next agent");
+    } else {
+        tracing::info!("stopping: epochs are closed and checkpoints proven first");
+    }
     node.stop.give();
     let ended = tokio::task::spawn_blocking(move || {
         keepers.into_iter().for_each(|keeper| drop(keeper.join()));
@@ -120,19 +131,26 @@ async fn run_on(config: Config, own: NodeId) -> anyhow::Result<()> {
     if tokio::time::timeout(STOP_LIMIT, ended).await.is_err() {
         tracing::error!("a volume did not come to its orderly end in time");
     }
-    node.ledger.set_state(AgentState::Stopped)?;
+    if node.restarting() {
+        // Heard by both paths once more, so that the time begins now.
+        tokio::time::sleep(duration(node.config.cluster.heartbeat_interval) * 2).await;
+    } else {
+        node.ledger.set_state(AgentState::Stopped)?;
+    }
+    node.ended.give();
     node.events.record(Event::AgentStopped {
         reason: "it was told to".to_owned(),
     });
     Ok(())
 }
 
-async fn wait_for_the_end() -> anyhow::Result<()> {
+async fn wait_for_the_end(node: &Node) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = node.told_to_end.notified() => {}
     }
     Ok(())
 }
@@ -220,6 +238,10 @@ fn build(config: Config, own: NodeId) -> anyhow::Result<Arc<Node>> {
         questions: Mutex::default(),
         began: Instant::now(),
         stop: StopOrder::default(),
+        ended: StopOrder::default(),
+        restarting: AtomicBool::new(false),
+        volume_io: VolumeIo::default(),
+        told_to_end: Notify::new(),
         runtime: tokio::runtime::Handle::current(),
         config,
     }))
@@ -233,6 +255,7 @@ fn start_threads(node: &Arc<Node>) -> anyhow::Result<Vec<JoinHandle<()>>> {
         node.ledger.carry_over(&volume.name, &volume.owner);
     }
     node.ledger.set_state(AgentState::Running)?;
+    volume_io::start(node)?;
     pulse::start(node)?;
     let mut keepers = Vec::new();
     for volume in &node.config.volumes {
@@ -284,6 +307,7 @@ impl Responder for Person {
                 ),
             },
             admin::Request::ConfirmDead { node } => self.peer_is_dead(&node),
+            admin::Request::Stop { restart_within_ms } => self.end(restart_within_ms),
             admin::Request::DiscardRegion { volume } => self.region_is_void(&volume),
         }
     }
@@ -304,6 +328,24 @@ impl Person {
         }
         let taken = lock(&node.questions).peer_is_dead(view.boot_id, node.began.elapsed());
         self.answer(format!("confirm-dead {peer}"), taken)
+    }
+
+    fn end(&self, restart_within_ms: Option<u32>) -> Answer {
+        let node = &self.0;
+        if let Some(ms) = restart_within_ms {
+            let within = Duration::from_millis(ms.into());
+            if within.is_zero() || within > RESTART_LIMIT {
+                let reason = format!("a restart takes up to {} s", RESTART_LIMIT.as_secs());
+                return Answer::Refused { reason };
+            }
+            if let Err(error) = node.ledger.announce_restart(within) {
+                let reason = format!("the restart cannot be announced: {error}");
+                return Answer::Refused { reason };
+            }
+            node.restarting.store(true, Ordering::Relaxed);
+        }
+        node.told_to_end.notify_one();
+        Answer::Done
     }
 
     fn region_is_void(&self, volume: &str) -> Answer {

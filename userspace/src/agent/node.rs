@@ -4,13 +4,16 @@
 //! the peer, the view is how the peer looks. Nothing here decides.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use super::ledger::Ledger;
 use super::region_host::RegionHost;
+use super::volume_io::VolumeIo;
 use crate::board::Board;
 use crate::cluster::claim::BootId;
 use crate::cluster::control::{ControlClient, ControlError, Request, Response};
@@ -82,7 +85,8 @@ impl StopOrder {
         *lock(&self.given)
     }
 
-    fn wait(&self, longest: Duration) {
+    /// Sleeps until it is given, but no longer than this.
+    pub fn wait(&self, longest: Duration) {
         let given = lock(&self.given);
         // Whether it was given or the time is over makes no difference to a sleeper.
         drop(
@@ -126,6 +130,14 @@ pub struct Node {
     pub began: Instant,
     /// The order to end.
     pub stop: StopOrder,
+    /// Everything has ended but the signs of life.
+    pub ended: StopOrder,
+    /// This agent leaves what runs to the next one, instead of closing its epochs.
+    pub restarting: AtomicBool,
+    /// A person told the agent to end.
+    pub told_to_end: Notify,
+    /// When the volumes' devices last answered.
+    pub volume_io: VolumeIo,
     /// For waiting on futures from threads.
     pub runtime: Handle,
 }
@@ -151,6 +163,11 @@ impl Node {
                 .await
                 .unwrap_or(Err(ControlError::TimedOut("answer")))
         })
+    }
+
+    /// Whether what runs is left to the next agent.
+    pub fn restarting(&self) -> bool {
+        self.restarting.load(Ordering::Relaxed)
     }
 
     /// How the peer looks.

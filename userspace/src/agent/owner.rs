@@ -147,6 +147,8 @@ impl<'a> Owner<'a> {
         loop {
             self.board.rests();
             match self.leaving() {
+                // The next agent goes on with what runs, or closes it.
+                Some(Left::Stopping) if self.node.restarting() => return Left::Stopping,
                 Some(Left::Stopping) => {
                     self.close();
                     return Left::Stopping;

@@ -5,13 +5,15 @@
 //! volume.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::clock::{duration, wall_ns};
 use super::node::{Node, lock};
 use crate::cluster::claim::BootId;
 use crate::cluster::control::{Request, Response};
-use crate::cluster::liveness::{Beat, Change, Limits, Liveness};
+use crate::cluster::liveness::{Beat, Change, Limits, Liveness, Tidings, Told};
+use crate::cluster::mailbox::{told_of, words_of};
 use crate::events::Event;
 use crate::link::{Body, Link, LinkError, Post, PostId};
 use crate::region::layout::{HEARTBEAT_MAGIC, Heartbeat, Sealed};
@@ -44,9 +46,19 @@ fn mailbox_pulse(node: &Node) {
         dead_after: duration(node.config.cluster.dead_after),
     };
     let began = Instant::now();
-    let mut liveness = Liveness::new(limits, began.elapsed());
+    let mut liveness = Liveness::new(limits, began.elapsed())
+        .with_volume_io_limit(node.config.cluster.volume_io_limit.map(duration));
     let mut mailbox_works = true;
-    while !node.stopping() {
+    // Until the very end: an agent that closes its epochs before it ends is not silent.
+    while !node.ended.is_given() {
+        let all = node
+            .config
+            .volumes
+            .iter()
+            .map(|volume| volume.name.as_str());
+        let served = all.clone().filter(|name| node.is_serving(name));
+        node.ledger.note_volume_io(node.volume_io.age(served));
+        let own_volume_io = node.volume_io.age(all) < Some(limits.dead_after);
         let (written, look) = node.ledger.beat();
         let works = written.is_ok();
         if works != mailbox_works {
@@ -55,7 +67,18 @@ fn mailbox_pulse(node: &Node) {
             mailbox_works = works;
         }
         let now = began.elapsed();
-        let changes = liveness.look(now, read_heartbeat(node), look);
+        let heartbeat = read_heartbeat(node);
+        let tidings = Tidings {
+            link: heartbeat.map(|(_, told)| told).unwrap_or_default(),
+            mailbox: node
+                .ledger
+                .peer_report()
+                .map(|r| r.told)
+                .unwrap_or_default(),
+            own_volume_io,
+        };
+        let beat = heartbeat.map(|(beat, _)| beat);
+        let changes = liveness.look_and_hear(now, beat, look, &tidings);
         for change in changes {
             report(node, change);
         }
@@ -66,25 +89,33 @@ fn mailbox_pulse(node: &Node) {
         view.boot_id = liveness.boot_id();
         view.is_silent = liveness.is_silent();
         drop(view);
+        let told = liveness.told();
         for peer in node.board.peers() {
             peer.set_state(liveness.state());
+            peer.volume_io_age_ms.set(
+                told.volume_io_age
+                    .map_or(0, |age| age.as_millis().try_into().unwrap_or(u64::MAX)),
+            );
+            peer.restarting
+                .store(!told.restart_within.is_zero(), Ordering::Relaxed);
             peer.heartbeat_age_ms
                 .set(link_age.as_millis().try_into().unwrap_or(u64::MAX));
             peer.mailbox_age_ms
                 .set(mailbox_age.as_millis().try_into().unwrap_or(u64::MAX));
         }
-        node.pause(interval);
+        node.ended.wait(interval);
     }
 }
 
-fn read_heartbeat(node: &Node) -> Option<Beat> {
+fn read_heartbeat(node: &Node) -> Option<(Beat, Told)> {
     let mut line = [0; size_of::<Heartbeat>()];
     lock(&node.page).memory.read_at(0, &mut line).ok()?;
     let heartbeat = Heartbeat::open(&line)?;
-    Some(Beat {
+    let beat = Beat {
         boot_id: BootId(heartbeat.boot_id),
         counter: heartbeat.counter,
-    })
+    };
+    Some((beat, told_of(heartbeat.restart_ms, heartbeat.volume_io_ms)))
 }
 
 fn report(node: &Node, change: Change) {
@@ -110,7 +141,7 @@ fn link_pulse(node: &Node) {
     let interval = duration(node.config.cluster.heartbeat_interval);
     let mut retry = RETRY;
     let mut counter = 0;
-    while !node.stopping() {
+    while !node.ended.is_given() {
         match connect(node) {
             Ok(mut link) => {
                 retry = RETRY;
@@ -124,7 +155,7 @@ fn link_pulse(node: &Node) {
                 retry = (retry * 2).min(RETRY_LONGEST);
             }
         }
-        node.pause(retry);
+        node.ended.wait(retry);
     }
 }
 
@@ -146,7 +177,7 @@ fn beat_until_broken(
     interval: Duration,
 ) -> Option<LinkError> {
     let mut completed = Vec::new();
-    while !node.stopping() {
+    while !node.ended.is_given() {
         if let Err(error) = link.poll(&mut completed) {
             return Some(error);
         }
@@ -168,19 +199,21 @@ fn beat_until_broken(
         if let Err(error) = link.poll(&mut completed) {
             return Some(error);
         }
-        node.pause(interval);
+        node.ended.wait(interval);
     }
     None
 }
 
 fn heartbeat(node: &Node, counter: u64) -> Heartbeat {
+    let (restart_ms, volume_io_ms) = words_of(&node.ledger.told());
     Heartbeat {
         magic: HEARTBEAT_MAGIC,
-        reserved: 0,
+        restart_ms,
         boot_id: node.boot_id.0,
         counter,
         time_ns: wall_ns(),
-        reserved2: [0; 5],
+        volume_io_ms,
+        reserved: [0; 4],
         crc32c: 0,
     }
     .seal()

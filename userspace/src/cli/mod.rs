@@ -58,6 +58,16 @@ enum Command {
         #[arg(long, default_value = "/run/twinwrite")]
         run_dir: PathBuf,
     },
+    /// End the agent: close its epochs first, or leave them to the next agent
+    Stop {
+        /// Leave everything running for the next agent, which is started within this time (as in 30s); the
+        /// peer waits for it that long before it counts this node's silence
+        #[arg(long, value_name = "TIME")]
+        restart_within: Option<jiff::SignedDuration>,
+        /// Where the agent's socket lives
+        #[arg(long, default_value = "/run/twinwrite")]
+        run_dir: PathBuf,
+    },
     /// Remove a volume's capture programs that an agent left attached
     Detach {
         /// The volume's name
@@ -109,6 +119,10 @@ pub fn main() -> anyhow::Result<ExitCode> {
             (None, Some(volume)) => status::discard_region(&run_dir, volume),
             (None, None) => anyhow::bail!("no word was given"),
         },
+        Command::Stop {
+            restart_within,
+            run_dir,
+        } => status::stop(&run_dir, restart_within),
         Command::Detach { volume } => inspect::detach(&volume),
     }
 }

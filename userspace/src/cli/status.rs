@@ -9,6 +9,9 @@ use crate::admin::{self, Answer, Request};
 use crate::ids::NodeId;
 use crate::status::{AgentStatus, PeerState, Protection, Role, VolumeStatus};
 
+/// A peer's volumes that have not answered for longer than this are told.
+const VOLUME_IO_AGE_MS: u64 = 5_000;
+
 /// How all is, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Health {
@@ -61,6 +64,22 @@ pub(super) fn discard_region(run_dir: &Path, volume: String) -> anyhow::Result<E
     give(run_dir, &Request::DiscardRegion { volume }, &taken)
 }
 
+pub(super) fn stop(
+    run_dir: &Path,
+    restart_within: Option<jiff::SignedDuration>,
+) -> anyhow::Result<ExitCode> {
+    let restart_within_ms = restart_within
+        .map(|within| u32::try_from(within.as_millis()))
+        .transpose()?;
+    let taken = match restart_within {
+        Some(within) => {
+            format!("the agent ends and leaves what runs; start the next one within {within:#}")
+        }
+        None => "the agent ends: it closes its epochs first".to_owned(),
+    };
+    give(run_dir, &Request::Stop { restart_within_ms }, &taken)
+}
+
 fn give(run_dir: &Path, word: &Request, taken: &str) -> anyhow::Result<ExitCode> {
     match ask(run_dir, word)? {
         Answer::Done => {
@@ -88,6 +107,17 @@ pub(super) fn health(status: &AgentStatus) -> (Health, Vec<String>) {
         health = health.max(weight);
     }
     for peer in &status.peers {
+        if peer.restarting {
+            why.push(format!("the agent on peer {} restarts", peer.node));
+        }
+        if peer.volume_io_age_ms > VOLUME_IO_AGE_MS {
+            let ago = age(peer.volume_io_age_ms.saturating_mul(1000));
+            why.push(format!(
+                "the disks of the volumes on peer {} have not answered for {ago}",
+                peer.node
+            ));
+            health = health.max(Health::Degraded);
+        }
         if peer.state != PeerState::Alive {
             why.push(format!("peer {} is {}", peer.node, word(peer.state)));
             health = health.max(Health::Degraded);

@@ -11,7 +11,12 @@
 //! was that it owns something; only then is a peer that was never heard called `Dead`. A peer that
 //! said it stops on purpose, with nothing mounted, becomes `Unknown` again.
 //!
-//! This module must never call a peer dead while either of its counters moves.
+//! A peer may announce a restart of its agent: then its silence means nothing for the time it asked
+//! for, counted from its last sign of life, and as usual after that. And it tells how long its volumes
+//! have not answered: where a limit is set for that, a node whose volumes are beyond it while this
+//! node reaches them is as good as dead, whatever its counters do.
+//!
+//! This module must never call a peer dead while either of its counters moves, but for that limit.
 
 use std::time::Duration;
 
@@ -57,6 +62,26 @@ pub enum MailboxLook {
     Unreadable,
 }
 
+/// What a peer tells beside its sign of life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Its agent restarts and will be silent for no longer than this; zero: it does not.
+    pub restart_within: Duration,
+    /// How long ago the volumes it serves last answered; `None`: it serves none, or does not tell.
+    pub volume_io_age: Option<Duration>,
+}
+
+/// What both paths tell at one look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tidings {
+    /// With the heartbeat in this node's memory.
+    pub link: Told,
+    /// In the peer's mailbox slot.
+    pub mailbox: Told,
+    /// This node reaches the volumes.
+    pub own_volume_io: bool,
+}
+
 /// The limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -94,6 +119,7 @@ pub enum Change {
 #[derive(Clone, Copy, Debug)]
 struct Path {
     last: Option<Beat>,
+    told: Told,
     /// Its counter changed while this node was looking.
     heard: bool,
     /// A whole window passed without a change, and there was none since.
@@ -108,6 +134,10 @@ impl Path {
     const fn new(now: Duration) -> Self {
         Self {
             last: None,
+            told: Told {
+                restart_within: Duration::ZERO,
+                volume_io_age: None,
+            },
             heard: false,
             quiet: false,
             window_from: now,
@@ -149,6 +179,9 @@ pub struct Liveness {
     boot_id: Option<BootId>,
     ended_boot_id: Option<BootId>,
     last_word: LastWord,
+    volume_io_limit: Option<Duration>,
+    /// How much longer than usual silence means nothing.
+    allowance: Duration,
 }
 
 impl Liveness {
@@ -164,6 +197,37 @@ impl Liveness {
             boot_id: None,
             ended_boot_id: None,
             last_word: LastWord::OwnsNothing,
+            volume_io_limit: None,
+            allowance: Duration::ZERO,
+        }
+    }
+
+    /// A peer whose volumes have not answered for so long is dead, as long as this node reaches them.
+    #[must_use]
+    pub const fn with_volume_io_limit(mut self, limit: Option<Duration>) -> Self {
+        self.volume_io_limit = limit;
+        self
+    }
+
+    /// What the peer told last.
+    #[must_use]
+    pub fn told(&self) -> Told {
+        match self.link.heard_at.cmp(&self.mailbox.heard_at) {
+            std::cmp::Ordering::Greater => self.link.told,
+            std::cmp::Ordering::Less => self.mailbox.told,
+            // Said on both at the same time: the one that was not written last.
+            std::cmp::Ordering::Equal => Told {
+                restart_within: self
+                    .link
+                    .told
+                    .restart_within
+                    .max(self.mailbox.told.restart_within),
+                volume_io_age: self
+                    .link
+                    .told
+                    .volume_io_age
+                    .min(self.mailbox.told.volume_io_age),
+            },
         }
     }
 
@@ -194,9 +258,20 @@ impl Liveness {
         )
     }
 
+    /// As [`Self::look_and_hear`], of a peer that tells nothing but that it lives.
+    pub fn look(&mut self, now: Duration, link: Option<Beat>, mailbox: MailboxLook) -> Vec<Change> {
+        self.look_and_hear(now, link, mailbox, &Tidings::default())
+    }
+
     /// Takes what both paths show now (`link`: the last heartbeat in this node's memory) and says
     /// what changed. To be called at least every heartbeat interval.
-    pub fn look(&mut self, now: Duration, link: Option<Beat>, mailbox: MailboxLook) -> Vec<Change> {
+    pub fn look_and_hear(
+        &mut self,
+        now: Duration,
+        link: Option<Beat>,
+        mailbox: MailboxLook,
+        tidings: &Tidings,
+    ) -> Vec<Change> {
         let mut changes = Vec::new();
         self.notice_own_stall(now, &mut changes);
         if let Some(beat) = link {
@@ -210,7 +285,14 @@ impl Liveness {
             MailboxLook::Nothing => {}
             MailboxLook::Unreadable => self.mailbox.window_from = now,
         }
-        let to = self.judge(now);
+        if link.is_some() {
+            self.link.told = tidings.link;
+        }
+        if matches!(mailbox, MailboxLook::Beat { .. }) {
+            self.mailbox.told = tidings.mailbox;
+        }
+        self.allow(now);
+        let to = self.judge(now, tidings.own_volume_io);
         if to != self.state {
             changes.push(Change::State {
                 from: self.state,
@@ -259,11 +341,36 @@ impl Liveness {
         }
     }
 
-    fn judge(&mut self, now: Duration) -> PeerState {
-        let link_over = self.link.window_is_over(now, self.limits.dead_after);
-        let mailbox_over = self.mailbox.window_is_over(now, self.limits.dead_after);
+    /// Follows the announcement of a restart. When it is taken back, because the next agent runs, both
+    /// paths get a whole window to come back.
+    fn allow(&mut self, now: Duration) {
+        let allowance = self.told().restart_within;
+        if allowance.is_zero() && !self.allowance.is_zero() {
+            self.link.window_from = now;
+            self.mailbox.window_from = now;
+        }
+        self.allowance = allowance;
+    }
+
+    /// It lives, and its volumes do not, while this node reaches them.
+    fn has_lost_its_volumes(&self, own_volume_io: bool) -> bool {
+        let age = self.told().volume_io_age;
+        own_volume_io
+            && self.last_word == LastWord::Owns
+            && self
+                .volume_io_limit
+                .is_some_and(|limit| age.is_some_and(|age| age >= limit))
+    }
+
+    fn judge(&mut self, now: Duration, own_volume_io: bool) -> PeerState {
+        let limit = self.limits.dead_after.saturating_add(self.allowance);
+        let link_over = self.link.window_is_over(now, limit);
+        let mailbox_over = self.mailbox.window_is_over(now, limit);
         self.link.quiet |= link_over;
         self.mailbox.quiet |= mailbox_over;
+        if self.has_lost_its_volumes(own_volume_io) {
+            return PeerState::Dead;
+        }
         match (self.link.lives(), self.mailbox.lives()) {
             (true, true) => PeerState::Alive,
             (false, true) if self.link.quiet => PeerState::LinkSilent,

@@ -19,6 +19,7 @@ pub const VOLUMES_MAX: usize = 8;
 
 const NODES: usize = 2;
 const DEAD_AFTER_MIN: SignedDuration = SignedDuration::from_secs(3);
+const VOLUME_IO_LIMIT_MIN: SignedDuration = SignedDuration::from_secs(10);
 const DEAD_AFTER_HEARTBEATS: i32 = 4;
 const RING_BYTES_MIN: u64 = 1 << 20;
 const RING_BYTES_MAX: u64 = 1 << 30;
@@ -106,6 +107,14 @@ fn check_cluster(findings: &mut Findings, cluster: &Cluster) {
     findings.absolute("cluster.run_dir", &cluster.run_dir);
     findings.positive("cluster.heartbeat_interval", cluster.heartbeat_interval);
     findings.positive("cluster.fence_timeout", cluster.fence_timeout);
+    if let Some(limit) = cluster.volume_io_limit {
+        findings.require(limit >= VOLUME_IO_LIMIT_MIN, || {
+            format!(
+                "cluster.volume_io_limit = \"{limit:#}\": use at least {VOLUME_IO_LIMIT_MIN:#}; a disk that \
+                 stalls for a moment is no reason to power a node off"
+            )
+        });
+    }
     findings.require(cluster.dead_after >= DEAD_AFTER_MIN, || {
         format!(
             "cluster.dead_after = \"{:#}\": use at least {DEAD_AFTER_MIN:#}; a shorter silence \

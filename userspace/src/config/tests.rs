@@ -48,9 +48,11 @@ fn the_example_shows_every_default_as_it_is() {
         shown.volumes[0].serve_command.as_ref().map(Vec::len),
         Some(3)
     );
+    assert!(shown.cluster.volume_io_limit.is_some());
     let rest = |mut config: Config| {
         config.digest.clear();
         config.cluster.rdma_device = None;
+        config.cluster.volume_io_limit = None;
         config.volumes[0].mount_options.clear();
         config.volumes[0].serve_command = None;
         format!("{config:?}")
@@ -124,6 +126,12 @@ fn each_rule_is_told_with_key_and_remedy() {
             "dead_after = \"2s\"",
             "cluster.dead_after",
             "at least 3s",
+        ),
+        (
+            "#volume_io_limit = \"60s\"",
+            "volume_io_limit = \"5s\"",
+            "cluster.volume_io_limit",
+            "at least 10s",
         ),
         (
             "#heartbeat_interval = \"500ms\"",

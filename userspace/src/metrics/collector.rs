@@ -367,6 +367,20 @@ impl BoardCollector {
                 )
             })
         });
+        let io = self.0.peers().iter().map(|p| {
+            (
+                vec![("peer", &*p.node.0)],
+                p.volume_io_age_ms.get() as f64 / 1e3,
+            )
+        });
+        let help = "How long ago the volumes that the peer serves last answered it";
+        Family {
+            encoder,
+            name: "peer_volume_io_age",
+            help,
+            unit: Some(Unit::Seconds),
+        }
+        .gauges(io)?;
         let help = "Time since the peer's last heartbeat";
         Family {
             encoder,

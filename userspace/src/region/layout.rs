@@ -166,16 +166,18 @@ pub struct HeadSlot {
 pub struct Heartbeat {
     /// [`HEARTBEAT_MAGIC`].
     pub magic: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Not 0: the sender's agent restarts, and will be silent for no longer than this.
+    pub restart_ms: u32,
     /// Identifies one boot of one agent's machine; changes after a reboot.
     pub boot_id: [u8; 16],
     /// Grows with every heartbeat.
     pub counter: u64,
     /// Time of the sender's clock, nanoseconds since 1970.
     pub time_ns: i64,
+    /// 1 + how long ago the volumes that the sender serves last answered; 0: it does not tell.
+    pub volume_io_ms: u32,
     /// Zero.
-    pub reserved2: [u32; 5],
+    pub reserved: [u32; 4],
     /// CRC-32C of everything before this field.
     pub crc32c: u32,
 }

@@ -315,3 +315,122 @@ proptest! {
         }
     }
 }
+
+/// Looks every 500 ms at a peer that is silent on both paths and had announced a restart.
+fn silent_looks(watch: &mut Watch, times: u64, tidings: &Tidings) -> PeerState {
+    let (link, mailbox) = (Some(beat(X, watch.counter)), slot(X, watch.counter));
+    for _ in 0..times {
+        watch.now += ms(500);
+        let changes = watch.peer.look_and_hear(watch.now, link, mailbox, tidings);
+        watch.changes.extend(changes);
+    }
+    watch.peer.state()
+}
+
+fn restarting(on_link: u64, on_mailbox: u64) -> Tidings {
+    let told = |within_ms| Told {
+        restart_within: ms(within_ms),
+        volume_io_age: None,
+    };
+    Tidings {
+        link: told(on_link),
+        mailbox: told(on_mailbox),
+        own_volume_io: true,
+    }
+}
+
+#[test]
+fn an_announced_restart_is_not_death_until_its_time_and_the_limit_are_over() {
+    for (on_link, on_mailbox) in [(10_000, 10_000), (10_000, 0), (0, 10_000)] {
+        let mut watch = alive();
+        let tidings = restarting(on_link, on_mailbox);
+        // Heard last at the look before these: 10 s that it asked for, and 3 s of usual silence.
+        assert_eq!(silent_looks(&mut watch, 25, &tidings), PeerState::Alive);
+        assert_eq!(watch.changes, []);
+        assert_eq!(silent_looks(&mut watch, 1, &tidings), PeerState::Dead);
+    }
+}
+
+#[test]
+fn without_an_announcement_silence_counts_as_usual() {
+    let mut watch = alive();
+    let tidings = restarting(0, 0);
+    assert_eq!(silent_looks(&mut watch, 5, &tidings), PeerState::Alive);
+    assert_eq!(silent_looks(&mut watch, 1, &tidings), PeerState::Dead);
+}
+
+#[test]
+fn the_next_agent_takes_the_announcement_back_and_has_a_window_to_come_back_on_the_link() {
+    let mut watch = alive();
+    let announced = restarting(10_000, 10_000);
+    silent_looks(&mut watch, 12, &announced);
+    // It is heard in the mailbox, and its link is still to be made; the old line says "restarting".
+    let link = Some(beat(X, watch.counter));
+    let mut states = Vec::new();
+    for look in 1..=8 {
+        watch.now += ms(500);
+        let slot = slot(X, watch.counter + look);
+        watch
+            .peer
+            .look_and_hear(watch.now, link, slot, &restarting(10_000, 0));
+        states.push(watch.peer.state());
+    }
+    let alive = states.iter().filter(|s| **s == PeerState::Alive).count();
+    assert_eq!(alive, 6, "3 s for the link: {states:?}");
+    assert_eq!(states[7], PeerState::LinkSilent);
+    // And if it dies then, the usual limit counts: what the old line says is older than its last word.
+    let slot = slot(X, watch.counter + 8);
+    for look in 1..=6 {
+        watch.now += ms(500);
+        watch
+            .peer
+            .look_and_hear(watch.now, link, slot, &restarting(10_000, 0));
+        let dead = watch.peer.state() == PeerState::Dead;
+        assert_eq!(dead, look == 6, "{look}");
+    }
+}
+
+/// A peer that owns, lives on both paths, and tells this age of its volumes' last answer.
+fn owner_with_io(age: Option<Duration>, limit: Option<Duration>, own_io: bool) -> PeerState {
+    let mut peer = Liveness::new(LIMITS, ms(0)).with_volume_io_limit(limit);
+    let told = Told {
+        restart_within: ms(0),
+        volume_io_age: age,
+    };
+    let tidings = Tidings {
+        link: told,
+        mailbox: told,
+        own_volume_io: own_io,
+    };
+    for look in 1..=8 {
+        let slot = MailboxLook::Beat {
+            beat: beat(X, look),
+            word: LastWord::Owns,
+        };
+        peer.look_and_hear(ms(500 * look), Some(beat(X, look)), slot, &tidings);
+    }
+    peer.state()
+}
+
+#[test]
+fn a_node_whose_volumes_do_not_answer_is_dead_where_a_limit_says_so_and_this_node_reaches_them() {
+    let limit = Some(ms(30_000));
+    assert_eq!(
+        owner_with_io(Some(ms(30_000)), limit, true),
+        PeerState::Dead
+    );
+    assert_eq!(
+        owner_with_io(Some(ms(29_999)), limit, true),
+        PeerState::Alive
+    );
+    assert_eq!(owner_with_io(None, limit, true), PeerState::Alive);
+    assert_eq!(
+        owner_with_io(Some(ms(90_000)), None, true),
+        PeerState::Alive
+    );
+    // The disk itself is gone: nobody could do better.
+    assert_eq!(
+        owner_with_io(Some(ms(90_000)), limit, false),
+        PeerState::Alive
+    );
+}

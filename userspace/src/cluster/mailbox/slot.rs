@@ -2,21 +2,26 @@
 //!
 //! ```text
 //! 0 magic [8] | 8 version u32 | 12 state u32 | 16 cluster [64] | 80 node [64]
-//! 144 boot_id [16] | 160 counter u64 | 168 time_ns i64 | 176 volume_count u32 | 180 zero u32
+//! 144 boot_id [16] | 160 counter u64 | 168 time_ns i64 | 176 volume_count u32 | 180 restart_ms u32
 //! 184 volume [8] of 96 bytes: name [32] | table_version u64 | owner [32] | epoch u64
 //!                             | last_mirrored u64 | epoch_state u32 | flags u32
-//! 952 zero [68] | 1020 crc32c u32          the rest of the 4096 bytes is zero
+//! 952 volume_io_ms u32 | 956 zero [64] | 1020 crc32c u32    the rest of the 4096 bytes is zero
 //! ```
+//!
+//! `restart_ms` and `volume_io_ms` were zero in the first form of version 1, and mean "nothing told" then; a
+//! reader of that form ignores them.
 //!
 //! All integers are little-endian. The checksum is over everything before it, so that a write torn
 //! between two sectors of the device is told from a slot. Nothing here may trust a byte before it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::cluster::claim::{BootId, EpochState, Phase, VolumeClaim};
+use crate::cluster::liveness::Told;
 use crate::config::{CLUSTER_NAME_BYTES_MAX, NAME_BYTES_MAX, VOLUMES_MAX};
 use crate::ids::{Epoch, NodeId, Seq};
 use crate::region::layout::Sealed;
@@ -49,12 +54,14 @@ pub struct MailboxSlot {
     pub time_ns: i64,
     /// How many of `volumes` count.
     pub volume_count: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Not 0: the writer's agent restarts, and will be silent for no longer than this.
+    pub restart_ms: u32,
     /// What the writer says of each volume.
     pub volumes: [VolumeEntry; VOLUMES_MAX],
+    /// 1 + how long ago the volumes that the writer serves last answered; 0: it does not tell.
+    pub volume_io_ms: u32,
     /// Zero.
-    pub reserved2: [u32; 17],
+    pub reserved2: [u32; 16],
     /// CRC-32C of everything before this field.
     pub crc32c: u32,
 }
@@ -164,6 +171,8 @@ pub struct NodeReport {
     pub state: AgentState,
     /// What it says of each volume, by name.
     pub volumes: BTreeMap<String, VolumeClaim>,
+    /// What it tells beside its sign of life.
+    pub told: Told,
 }
 
 impl NodeReport {
@@ -220,6 +229,7 @@ impl NodeReport {
                 .iter()
                 .map(VolumeEntry::open)
                 .collect::<Result<_, _>>()?,
+            told: told_of(slot.restart_ms, slot.volume_io_ms),
         })
     }
 
@@ -234,6 +244,7 @@ impl NodeReport {
         slot.boot_id = self.boot_id.0;
         slot.counter = self.counter;
         slot.time_ns = self.time_ns;
+        (slot.restart_ms, slot.volume_io_ms) = words_of(&self.told);
         if self.volumes.len() > VOLUMES_MAX {
             return Err(format!(
                 "{} volumes, at most {VOLUMES_MAX}",
@@ -246,6 +257,26 @@ impl NodeReport {
         }
         Ok(Sealed::seal(slot))
     }
+}
+
+/// What the two words of a slot, or of a heartbeat, tell.
+#[must_use]
+pub fn told_of(restart_ms: u32, volume_io_ms: u32) -> Told {
+    let age = volume_io_ms.checked_sub(1);
+    Told {
+        restart_within: Duration::from_millis(restart_ms.into()),
+        volume_io_age: age.map(|ms| Duration::from_millis(ms.into())),
+    }
+}
+
+/// The two words that tell it.
+#[must_use]
+pub fn words_of(told: &Told) -> (u32, u32) {
+    let ms = |duration: Duration| u32::try_from(duration.as_millis()).unwrap_or(u32::MAX - 1);
+    let age = told
+        .volume_io_age
+        .map_or(0, |age| ms(age).saturating_add(1));
+    (ms(told.restart_within), age)
 }
 
 impl VolumeEntry {

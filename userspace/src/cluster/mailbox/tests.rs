@@ -1,9 +1,11 @@
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::cluster::claim::{BootId, EpochState, Phase, VolumeClaim};
+use crate::cluster::liveness::Told;
 use crate::ids::{Epoch, Seq};
 use crate::region::layout::Sealed;
 
@@ -27,6 +29,7 @@ fn report(node: &str, counter: u64) -> NodeReport {
         time_ns: 1_700_000_000_000_000_000,
         state: AgentState::Running,
         volumes: BTreeMap::from([("data".to_owned(), claim)]),
+        told: Told::default(),
     }
 }
 
@@ -102,6 +105,35 @@ fn a_slot_says_whether_its_node_owns_or_stopped() {
     assert_eq!(word(stopped), LastWord::Stopped);
     assert_eq!(look_at(None), MailboxLook::Unreadable);
     assert_eq!(look_at(Some(&Err(SlotError::Blank))), MailboxLook::Nothing);
+}
+
+#[test]
+fn what_a_slot_tells_beside_life_has_these_bytes_and_zeros_tell_nothing() {
+    let told = Told {
+        restart_within: Duration::from_millis(30_000),
+        volume_io_age: Some(Duration::from_millis(1_500)),
+    };
+    let report = NodeReport {
+        told,
+        ..report("a", 1)
+    };
+    let slot = report.seal("office").unwrap();
+    let bytes = slot.as_bytes();
+    assert_eq!(&bytes[180..184], &30_000u32.to_le_bytes());
+    assert_eq!(&bytes[952..956], &1_501u32.to_le_bytes());
+    assert_eq!(&bytes[956..1020], &[0; 64]);
+    let node = NodeId("a".into());
+    assert_eq!(NodeReport::open(bytes, "office", &node).unwrap(), report);
+    // A slot of the first form, as it lies on devices.
+    let mut first = super::tests::report("a", 1).seal("office").unwrap();
+    (first.restart_ms, first.volume_io_ms) = (0, 0);
+    let read = NodeReport::open(Sealed::seal(first).as_bytes(), "office", &node).unwrap();
+    assert_eq!(read.told, Told::default());
+    let just_now = Told {
+        volume_io_age: Some(Duration::ZERO),
+        ..Told::default()
+    };
+    assert_eq!(words_of(&just_now), (0, 1));
 }
 
 #[test]

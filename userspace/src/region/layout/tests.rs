@@ -140,17 +140,26 @@ fn status_lines_have_these_bytes() {
 
     let heartbeat = Heartbeat {
         magic: HEARTBEAT_MAGIC,
-        reserved: 0,
+        restart_ms: 0,
         boot_id: [7; 16],
         counter: 1,
         time_ns: 2,
-        reserved2: [0; 5],
+        volume_io_ms: 0,
+        reserved: [0; 4],
         crc32c: 0,
     };
     let mut fields = b"TWHB\0\0\0\0".to_vec();
     fields.extend([7; 16]);
     fields.extend(bytes!(1u64, 2i64, 0u64, 0u64, 0u32));
     pinned(heartbeat, &fields, 0x531e_f7b6);
+    let telling = Heartbeat {
+        restart_ms: 30_000,
+        volume_io_ms: 1_501,
+        ..heartbeat
+    }
+    .seal();
+    assert_eq!(telling.as_bytes()[4..8], 30_000u32.to_le_bytes());
+    assert_eq!(telling.as_bytes()[40..44], 1_501u32.to_le_bytes());
 }
 
 #[test]

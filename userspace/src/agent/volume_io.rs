@@ -1,0 +1,106 @@
+//! Whether the volumes' devices answer: what a heartbeat is worth.
+//!
+//! A node can beat while the disk of its volumes is gone for it. So a thread for each volume reads
+//! its device, directly, and notes when that last succeeded; a read that hangs holds up nothing but
+//! its own note. It must never write, and never read through the page cache.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::clock::duration;
+use super::node::{Node, lock};
+
+/// One block's worth of memory, aligned for direct I/O.
+#[derive(zerocopy::FromBytes, IntoBytes, zerocopy::KnownLayout, zerocopy::Immutable)]
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+/// When each volume's device last answered.
+#[derive(Debug, Default)]
+pub struct VolumeIo {
+    answered: Mutex<BTreeMap<String, Instant>>,
+}
+
+impl VolumeIo {
+    fn note(&self, volume: &str) {
+        lock(&self.answered).insert(volume.to_owned(), Instant::now());
+    }
+
+    /// How long ago the one of these volumes that is silent for longest answered; `None`: there are none.
+    pub fn age<'a>(&self, volumes: impl IntoIterator<Item = &'a str>) -> Option<Duration> {
+        let answered = lock(&self.answered);
+        let age = |volume: &str| answered.get(volume).map_or(Duration::MAX, Instant::elapsed);
+        volumes.into_iter().map(age).max()
+    }
+}
+
+/// Starts a thread for each volume.
+///
+/// # Errors
+/// When a thread cannot be started.
+pub fn start(node: &Arc<Node>) -> std::io::Result<()> {
+    for volume in &node.config.volumes {
+        // What was not asked yet is not silent yet.
+        node.volume_io.note(&volume.name);
+        let (node, volume) = (Arc::clone(node), volume.clone());
+        std::thread::Builder::new()
+            .name(format!("io-{}", volume.name))
+            .spawn(move || {
+                let interval = duration(node.config.cluster.heartbeat_interval);
+                let mut told = false;
+                while !node.ended.is_given() {
+                    let result = read_once(&volume.device);
+                    let failed = result.is_err();
+                    match result {
+                        Ok(()) => node.volume_io.note(&volume.name),
+                        Err(error) if !told => tracing::warn!(
+                            volume = %volume.name, %error,
+                            "the device of the volume does not answer"
+                        ),
+                        Err(_) => {}
+                    }
+                    told = failed;
+                    node.ended.wait(interval);
+                }
+            })?;
+    }
+    Ok(())
+}
+
+/// Opened anew each time: a device that went away and came back is another one.
+fn read_once(device: &Path) -> std::io::Result<()> {
+    let file: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+        .open(device)?;
+    file.read_exact_at(Page::new_zeroed().as_mut_bytes(), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_silence_counts_and_what_never_answered_is_silent_for_ever() {
+        let io = VolumeIo::default();
+        assert_eq!(io.age([]), None);
+        io.note("data");
+        assert!(io.age(["data"]).unwrap() < Duration::from_secs(5));
+        assert_eq!(io.age(["data", "home"]), Some(Duration::MAX));
+    }
+
+    #[test]
+    fn a_device_is_read_directly_and_one_that_is_not_there_is_told() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        assert!(read_once(file.path()).is_err(), "it holds no block");
+        file.as_file().set_len(4096).unwrap();
+        read_once(file.path()).unwrap();
+        assert!(read_once(Path::new("/nonexistent")).is_err());
+    }
+}
