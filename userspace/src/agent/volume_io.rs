@@ -53,9 +53,9 @@ pub fn start(node: &Arc<Node>) -> std::io::Result<()> {
             .name(format!("io-{}", volume.name))
             .spawn(move || {
                 let interval = duration(node.config.cluster.heartbeat_interval);
-                let mut told = false;
+                let (mut told, mut open) = (false, None);
                 while !node.ended.is_given() {
-                    let result = read_once(&volume.device);
+                    let result = read_once(&volume.device, &mut open);
                     let failed = result.is_err();
                     match result {
                         Ok(()) => node.volume_io.note(&volume.name),
@@ -73,13 +73,19 @@ pub fn start(node: &Arc<Node>) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Opened anew each time: a device that went away and came back is another one.
-fn read_once(device: &Path) -> std::io::Result<()> {
-    let file: File = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
-        .open(device)?;
-    file.read_exact_at(Page::new_zeroed().as_mut_bytes(), 0)
+/// Reads one block. After an error the device is opened anew: one that went away and came back is
+/// another one.
+fn read_once(device: &Path, open: &mut Option<File>) -> std::io::Result<()> {
+    let file = match open.take() {
+        Some(file) => file,
+        None => OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+            .open(device)?,
+    };
+    file.read_exact_at(Page::new_zeroed().as_mut_bytes(), 0)?;
+    *open = Some(file);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -98,9 +104,13 @@ mod tests {
     #[test]
     fn a_device_is_read_directly_and_one_that_is_not_there_is_told() {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        assert!(read_once(file.path()).is_err(), "it holds no block");
+        let mut open = None;
+        assert!(read_once(file.path(), &mut open).is_err(), "no block");
         file.as_file().set_len(4096).unwrap();
-        read_once(file.path()).unwrap();
-        assert!(read_once(Path::new("/nonexistent")).is_err());
+        read_once(file.path(), &mut open).unwrap();
+        assert!(open.is_some(), "it is kept open while it answers");
+        file.as_file().set_len(0).unwrap();
+        assert!(read_once(file.path(), &mut open).is_err() && open.is_none());
+        assert!(read_once(Path::new("/nonexistent"), &mut open).is_err());
     }
 }

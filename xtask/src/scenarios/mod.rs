@@ -5,6 +5,7 @@
 //! is so, and after a failure the next one gets fresh machines.
 
 mod agent_killed;
+mod agent_restarted;
 mod bad_input;
 mod bench;
 mod control_loses_unflushed;
@@ -111,6 +112,12 @@ pub const ALL: &[Scenario] = &[
         70,
         Alone(agent_killed::on_mirror),
         "the mirror's agent may be killed and started again without losing the region",
+    ),
+    scenario(
+        "agent_restarted",
+        80,
+        Alone(agent_restarted::run),
+        "a restart that was announced is no death however long it takes, and costs no record",
     ),
     scenario(
         "killed_in_replay",
