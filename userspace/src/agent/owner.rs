@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use super::clock::duration;
-use super::closer::{Closer, Meanwhile, Unclosed};
+use super::closer::{Closer, Meanwhile, Nothing, Unclosed};
 use super::filesystem_uuid::filesystem_uuid;
 use super::filler::Filler;
 use super::fitness;
@@ -109,9 +109,12 @@ impl<'a> Owner<'a> {
             ring_bytes: u32::try_from(volume.ring_bytes.as_u64()).context("ring_bytes")?,
             filesystem: Filesystem::from_name(&volume.filesystem)?,
         };
-        let capture = Capture::attach(&options).context("attaching the capture programs")?;
         // The agent's own directory and sentinel are made now, before anything is captured for good.
-        let closer = Closer::new(node, volume, Arc::clone(&board))?;
+        let mut closer = Closer::new(node, volume, Arc::clone(&board))?;
+        if !Capture::can_be_resumed(&options) {
+            close_before_attaching(&mut closer)?;
+        }
+        let capture = Capture::attach(&options).context("attaching the capture programs")?;
         if !capture.resumed() {
             calibrate(&capture, mount).context("calibrating the hooks on this kernel")?;
         }
@@ -468,6 +471,20 @@ impl<'a> Owner<'a> {
             }
         }
     }
+}
+
+/// Between programs that are taken away and new ones nothing is captured and no gate holds: an epoch
+/// that an earlier agent left open must be closed before.
+fn close_before_attaching(closer: &mut Closer<'_>) -> anyhow::Result<()> {
+    let left = closer.left("this agent brings other programs than the one before");
+    if let Some(unclosed) = left.filter(|left| left.reason.is_some()) {
+        anyhow::ensure!(
+            closer.close(&unclosed, &mut Nothing),
+            "epoch {} could not be closed before the programs are attached anew",
+            unclosed.epoch
+        );
+    }
+    Ok(())
 }
 
 /// Reads everything and throws it away.

@@ -78,6 +78,11 @@ pub(super) fn attach(options: &CaptureOptions) -> Result<Attached, CaptureError>
     })
 }
 
+/// Whether [`attach`] would take over what is pinned. Changes nothing.
+pub(super) fn can_be_resumed(options: &CaptureOptions) -> bool {
+    reopen(&pin_directory(&options.volume_name), options).is_ok()
+}
+
 /// Removes all pins of a volume, and with them its programs.
 pub(super) fn detach(volume: &str) -> Result<(), CaptureError> {
     let directory = pin_directory(volume);

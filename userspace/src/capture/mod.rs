@@ -136,6 +136,13 @@ impl Capture {
         Ok(capture)
     }
 
+    /// Whether [`Self::attach`] would take over what an earlier agent left. Otherwise it takes those
+    /// programs away first, and for a moment nothing captures: no epoch may be open then.
+    #[must_use]
+    pub fn can_be_resumed(options: &CaptureOptions) -> bool {
+        load::can_be_resumed(options)
+    }
+
     /// Removes the programs and pins of a volume.
     ///
     /// # Errors
