@@ -31,7 +31,7 @@ use crate::config::Volume;
 use crate::events::Event;
 use crate::ids::{Epoch, Seq};
 use crate::region::layout::{RegionHeader, Sealed as _, region_state};
-use crate::replay::{self, Sentinel, SentinelError, SentinelFile, sentinel};
+use crate::replay::{self, Sentinel, SentinelError, SentinelFile, sentinel, underway};
 use crate::status::PeerState;
 
 /// Longest time a serve command may take.
@@ -203,6 +203,7 @@ impl Successor {
             owner: self.owner_word(),
             sentinel,
             region,
+            merging: underway::read(&self.volume.mount_point),
             mounted_uuid: Some(uuid),
         };
         Ok((words, saved))

@@ -80,6 +80,8 @@ pub struct Words {
     pub sentinel: SentinelWord,
     /// The region's.
     pub region: RegionWord,
+    /// The epoch whose merge into the volume was begun last, by the volume's own note.
+    pub merging: Option<Epoch>,
     /// UUID of the mounted file system; `None`: not known, and not compared.
     pub mounted_uuid: Option<[u8; 16]>,
 }
@@ -178,6 +180,9 @@ impl Words {
 
     fn with_open(&self, sentinel: &Sentinel) -> Ruling {
         let of_volume = sentinel.epoch;
+        if self.merging == Some(of_volume) && self.region_epoch() != of_volume {
+            return Ruling::Ask(half_merged(of_volume));
+        }
         if let Some(word) = &self.owner {
             let (node, said) = (&word.node, word.epoch);
             match word.state {
@@ -221,10 +226,9 @@ impl Words {
         let word = self.owner.as_ref()?;
         (word.phase == Phase::Merging).then(|| {
             Ruling::Ask(format!(
-                "{} was taking the volume over when it died: the region of epoch {of_volume} is saved \
-                 there (saved/ in its state_dir) and may be half merged; start that node's agent, \
-                 which goes on with it",
-                word.node
+                "{} was taking the volume over when it died; {}",
+                word.node,
+                half_merged(of_volume)
             ))
         })
     }
@@ -273,6 +277,13 @@ impl Words {
     }
 }
 
+fn half_merged(epoch: Epoch) -> String {
+    format!(
+        "the region of epoch {epoch} is not here, and may be half merged into the volume already: bring \
+         the copy from the node that had begun (saved/ in its state_dir) into saved/ of this node's"
+    )
+}
+
 fn time(time_ns: Option<i64>) -> String {
     time_ns
         .and_then(|at| jiff::Timestamp::from_nanosecond(at.into()).ok())
@@ -315,8 +326,8 @@ impl fmt::Display for Words {
             )?,
         }
         match &self.region {
-            RegionWord::Missing => write!(f, "; region: none"),
-            RegionWord::Damaged(error) => write!(f, "; region: {error}"),
+            RegionWord::Missing => write!(f, "; region: none")?,
+            RegionWord::Damaged(error) => write!(f, "; region: {error}")?,
             RegionWord::Says { claim, time_ns } => write!(
                 f,
                 "; region: epoch {}, {}, ends with record {}, {}",
@@ -324,7 +335,11 @@ impl fmt::Display for Words {
                 state(claim.closed),
                 claim.last,
                 time(*time_ns)
-            ),
+            )?,
+        }
+        match self.merging {
+            Some(epoch) => write!(f, "; a merge of epoch {epoch} was begun"),
+            None => Ok(()),
         }
     }
 }

@@ -28,6 +28,7 @@ pub mod plan;
 pub mod sentinel;
 #[cfg(test)]
 mod tests;
+pub mod underway;
 pub mod volume;
 
 use std::path::Path;
@@ -124,6 +125,11 @@ pub enum ReplayError {
     /// Any other step failed.
     #[error("{0}; the replay can be run again")]
     Volume(VolumeError),
+    /// It could not be noted that a merge is under way.
+    #[error(
+        "cannot note on the volume that a merge is under way: {0}; the replay can be run again"
+    )]
+    Note(std::io::Error),
     /// The sentinel could not be written.
     #[error(transparent)]
     Sentinel(#[from] SentinelError),
@@ -153,6 +159,7 @@ pub fn apply(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Outcome, ReplayError> {
     let mut disk = disk::Disk::open(mount)?;
+    underway::begin(mount, plan.epoch).map_err(ReplayError::Note)?;
     apply::apply_to(plan, &mut disk, progress)
 }
 
@@ -187,5 +194,5 @@ pub fn finish_held(
 pub fn tidy(mount: &Path, outcome: &Outcome) -> Result<(), ReplayError> {
     let mut disk = disk::Disk::open(mount)?;
     apply::tidy_on(&mut disk, outcome)?;
-    Ok(())
+    underway::end(mount).map_err(ReplayError::Note)
 }

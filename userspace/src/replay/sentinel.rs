@@ -168,7 +168,8 @@ fn newest(bytes: &[u8]) -> Option<(usize, Slot)> {
         .max_by_key(|(_, slot)| slot.counter)
 }
 
-fn path_on(mount: &Path) -> PathBuf {
+/// Where the sentinel of the volume mounted here lies.
+pub(super) fn path_on(mount: &Path) -> PathBuf {
     mount.join(OWN_DIRECTORY).join(FILE)
 }
 

@@ -49,6 +49,7 @@ fn words(owner: OwnerWord, on_volume: Sentinel, region: RegionWord) -> Words {
         owner: Some(owner),
         sentinel: SentinelWord::Says(on_volume),
         region,
+        merging: None,
         mounted_uuid: None,
     }
 }
@@ -171,7 +172,7 @@ fn a_region_that_another_node_saved_is_not_given_up() {
     for here in [RegionWord::Missing, region(3, false, 8)] {
         asks(
             &words(said.clone(), sentinel(5, 3, false), here),
-            "start that node's agent",
+            "bring the copy",
         );
     }
     let lost = words(
@@ -180,6 +181,40 @@ fn a_region_that_another_node_saved_is_not_given_up() {
         RegionWord::Missing,
     );
     assert!(matches!(lost.ruling(), Ruling::Void(_)));
+}
+
+#[test]
+fn a_merge_that_another_node_began_and_did_not_end_is_not_taken_for_a_loss() {
+    // Whatever the mailbox still says: the slot of the node that died may be torn.
+    for said in [None, Some(owner(5, EpochState::Open))] {
+        for here in [RegionWord::Missing, region(3, false, 8)] {
+            let half = Words {
+                owner: said.clone(),
+                merging: Some(Epoch(5)),
+                ..words(owner(5, EpochState::Open), sentinel(5, 3, false), here)
+            };
+            asks(&half, "half merged");
+        }
+    }
+    let again = Words {
+        merging: Some(Epoch(5)),
+        ..words(
+            owner(5, EpochState::Open),
+            sentinel(5, 3, false),
+            region(5, false, 9),
+        )
+    };
+    assert_eq!(again.ruling(), Ruling::Merge { after: Seq(3) });
+    // The note of a merge that was finished means nothing.
+    let old = Words {
+        merging: Some(Epoch(5)),
+        ..words(
+            owner(7, EpochState::Open),
+            sentinel(7, 3, false),
+            RegionWord::Missing,
+        )
+    };
+    assert!(matches!(old.ruling(), Ruling::Void(_)));
 }
 
 #[test]

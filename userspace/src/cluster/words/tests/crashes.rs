@@ -131,6 +131,7 @@ impl World {
                         .clone()
                         .map_or(SentinelWord::Missing, SentinelWord::Says),
                     region,
+                    merging: None,
                     mounted_uuid: None,
                 };
                 let ruling = words.ruling();
