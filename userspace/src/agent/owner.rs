@@ -163,6 +163,10 @@ impl<'a> Owner<'a> {
                 Ok(Some(session)) => {
                     let epoch = session.tail.epoch;
                     let ended = self.mirror(session);
+                    if self.node.restarting() {
+                        // It goes on: the next agent mirrors what the programs capture meanwhile.
+                        continue;
+                    }
                     let reason = Some(ended.to_string());
                     self.unclosed = Some(Unclosed { epoch, reason });
                     // From here on nothing can be gone on with.

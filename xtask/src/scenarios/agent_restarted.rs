@@ -19,7 +19,9 @@ const DEAD_AFTER: &str = "dead_after = \"4s\"";
 const LAG_LIMIT: &str = "lag_limit = \"20s\"";
 const AWAY: Duration = Duration::from_secs(10);
 const ANNOUNCE: &str = "twinwrite stop --restart-within 40s";
-const OPERATIONS: u64 = 900;
+/// They outlast the restart: the next agent begins with a checkpoint, and what comes after it is what
+/// the region must bring back.
+const OPERATIONS: u64 = 3000;
 const PER_SECOND: u64 = 50;
 
 pub(super) fn run() -> Result<()> {
@@ -58,6 +60,10 @@ fn restart_and_crash(lab: &Lab) -> Result<()> {
     );
     lab.agent(A, AgentAction::Start)?;
     lab.wait(A, AwaitedState::Protected, LIMIT)?;
+    ensure!(
+        stream.acknowledged() + OPERATIONS / 6 < OPERATIONS,
+        "the restart took longer than the operations: nothing is left to be brought back"
+    );
     stream.finish()?;
     let records = all_mirrored(lab, A)?;
     let after = volume(lab, A)?;

@@ -115,7 +115,7 @@ pub const ALL: &[Scenario] = &[
     ),
     scenario(
         "agent_restarted",
-        80,
+        120,
         Alone(agent_restarted::run),
         "a restart that was announced is no death however long it takes, and costs no record",
     ),
