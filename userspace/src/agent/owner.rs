@@ -164,7 +164,11 @@ impl<'a> Owner<'a> {
                     let epoch = session.tail.epoch;
                     let ended = self.mirror(session);
                     if self.node.restarting() {
-                        // It goes on: the next agent mirrors what the programs capture meanwhile.
+                        // It goes on, and the next agent mirrors what the programs capture meanwhile;
+                        // unless it had to end just now, which that agent then does.
+                        if !matches!(ended, Ended::Stop) {
+                            Continuity::clear(self.capture.control());
+                        }
                         continue;
                     }
                     let reason = Some(ended.to_string());
