@@ -19,9 +19,10 @@ use crate::link::{Body, Link, LinkError, Post, PostId};
 use crate::region::layout::{HEARTBEAT_MAGIC, Heartbeat, Sealed};
 use zerocopy::IntoBytes;
 
-/// A link that cannot be made is tried again after this long, growing to the longest.
-const RETRY: Duration = Duration::from_millis(500);
-const RETRY_LONGEST: Duration = Duration::from_secs(5);
+/// A link that cannot be made is tried again after this long, growing to the longest: well below the
+/// shortest time after which a peer that has just restarted would miss it.
+const RETRY: Duration = Duration::from_millis(250);
+const RETRY_LONGEST: Duration = Duration::from_secs(1);
 
 /// Starts both threads.
 ///
