@@ -8,8 +8,9 @@
 //!
 //! At the start nothing was heard, and an old counter in the mailbox is no sign of life: the peer is
 //! `Unknown` until it is heard, or until a whole window has passed and its last word in the mailbox
-//! was that it owns something; only then is a peer that was never heard called `Dead`. A peer that
-//! said it stops on purpose, with nothing mounted, becomes `Unknown` again.
+//! was that it owns something; only then is a peer that was never heard called `Dead`. That window
+//! begins with the first reading: a peer that boots long after this node is not dead when its first
+//! word appears. A peer that said it stops on purpose, with nothing mounted, becomes `Unknown` again.
 //!
 //! A peer may announce a restart of its agent: then its silence means nothing for the time it asked
 //! for, counted from its last sign of life, and as usual after that. And it tells how long its volumes
@@ -154,6 +155,10 @@ impl Path {
                 heard: true,
                 ..Self::new(now)
             };
+        } else if self.last.is_none() {
+            // Whoever is seen for the first time has a whole window to show that it lives.
+            self.window_from = now;
+            self.quiet = false;
         }
         self.last = Some(beat);
         moved

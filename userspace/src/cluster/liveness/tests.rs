@@ -65,6 +65,40 @@ fn alive() -> Watch {
 }
 
 #[test]
+fn a_peer_that_boots_long_after_this_node_is_not_dead_at_its_first_word() {
+    let mut peer = Liveness::new(LIMITS, ms(0));
+    let mut now = ms(0);
+    for _ in 0..20 {
+        now += ms(500);
+        peer.look(now, None, MailboxLook::Nothing);
+    }
+    assert_eq!(peer.state(), PeerState::Unknown);
+    // It boots, mounts, and says at once that it owns the volume.
+    let owns = |counter| MailboxLook::Beat {
+        beat: beat(X, counter),
+        word: LastWord::Owns,
+    };
+    now += ms(500);
+    peer.look(now, Some(beat(X, 1)), owns(1));
+    assert_eq!(peer.state(), PeerState::Unknown);
+    now += ms(500);
+    peer.look(now, Some(beat(X, 2)), owns(2));
+    assert_eq!(peer.state(), PeerState::Alive);
+    // If it dies instead, a whole window after its first word tells.
+    let mut peer = Liveness::new(LIMITS, ms(0));
+    for look in 1..=20 {
+        peer.look(ms(500) * look, None, MailboxLook::Nothing);
+    }
+    let states = (21..=27).map(|look| {
+        peer.look(ms(500) * look, Some(beat(X, 1)), owns(1));
+        peer.state()
+    });
+    let states: Vec<PeerState> = states.collect();
+    assert_eq!(states[..6], [PeerState::Unknown; 6]);
+    assert_eq!(states[6], PeerState::Dead);
+}
+
+#[test]
 fn a_peer_that_falls_silent_on_both_paths_is_dead_after_the_limit_and_not_before() {
     let mut watch = alive();
     // The first of these looks sees the counter fall back to 0, which is a change.
@@ -110,14 +144,15 @@ fn a_peer_never_heard_is_dead_after_a_whole_window_if_its_last_word_was_that_it_
         beat: beat(X, 41),
         word: LastWord::Owns,
     };
-    for look in 1..6 {
+    // The window begins with the first reading.
+    for look in 1..7 {
         assert_eq!(peer.look(ms(500 * look), None, owns), []);
     }
     let died = Change::State {
         from: PeerState::Unknown,
         to: PeerState::Dead,
     };
-    assert_eq!(peer.look(ms(3000), None, owns), [died]);
+    assert_eq!(peer.look(ms(3500), None, owns), [died]);
 }
 
 #[test]
