@@ -337,7 +337,9 @@ impl SentinelFile {
         })
     }
 
-    /// Writes into the older slot and fsyncs. After an error nothing is known to have changed, and the
+    /// Writes into the older slot and fsyncs. What the sentinel will say must be on the disk before it: a
+    /// syncfs may have left it in the device's volatile cache (XFS), from which a power cut keeps any
+    /// part. So the device is flushed first, by an fsync of the file as it is. After an error nothing is known to have changed, and the
     /// next write goes to the same slot.
     ///
     /// # Errors
@@ -345,6 +347,9 @@ impl SentinelFile {
     pub fn write(&mut self, sentinel: &Sentinel) -> Result<(), SentinelError> {
         let slot = sentinel.slot(self.next_counter)?;
         let offset = (self.next_index * SLOT_BYTES) as u64;
+        self.file
+            .sync_all()
+            .map_err(failed(&self.path, "fsync before the write"))?;
         self.file
             .write_all_at(slot.as_bytes(), offset)
             .map_err(failed(&self.path, "write"))?;
