@@ -121,7 +121,9 @@ pub struct Pump<'a> {
     limits: Limits,
     /// Events lost when the epoch began.
     lost_at_start: u64,
-    /// Gap counts at the start of the checkpoint under way, and at that of the last proven one.
+    /// Gap counts from before the newest records were taken that are older than they.
+    gaps_whole: GapCounts,
+    /// Gap counts that the checkpoint under way covers, and the last proven one.
     gaps_at_checkpoint: GapCounts,
     gaps_proven: GapCounts,
     gaps_at_start: GapCounts,
@@ -209,6 +211,7 @@ impl<'a> Pump<'a> {
             metas: Vec::new(),
             limits,
             lost_at_start,
+            gaps_whole: gaps_proven,
             gaps_at_checkpoint: gaps_proven,
             gaps_proven,
             gaps_at_start: gaps_proven,
@@ -243,7 +246,13 @@ impl<'a> Pump<'a> {
     /// [`Ended`] when the epoch cannot go on. A broken link does not end it: [`Self::is_linked`].
     pub fn turn(&mut self, recursion_misses: u64) -> Result<Turn, Ended> {
         self.core.tick(self.clock.now_us(), self.clock.time_ns());
+        // A checkpoint that covers a gap must have every older record before its S: a replay would
+        // lay one behind S over what the checkpoint has saved.
+        let (gaps, producer) = (self.control.gaps(), self.ring.producer());
         let mut worked = self.take_records()?;
+        if self.core.captured_end() >= producer {
+            self.gaps_whole = gaps;
+        }
         worked |= self.poll_link()?;
         worked |= self.see_fill()?;
         worked |= self.act()?;
@@ -539,8 +548,7 @@ impl<'a> Pump<'a> {
             seq: self.core.captured_seq(),
             closed: false,
         };
-        // Read before the checkpoint begins: what comes later is not covered by it.
-        self.gaps_at_checkpoint = gaps;
+        self.gaps_at_checkpoint = self.gaps_whole;
         if reason == CheckpointReason::Gap {
             self.gap_checkpoint_at = Some(Instant::now());
         }
