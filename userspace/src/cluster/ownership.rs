@@ -335,16 +335,32 @@ pub fn first_word(facts: &Facts<'_>, decision: Decision) -> Option<VolumeClaim> 
     let newest_as_owner = newer(own, peer);
     let newest = newer(peer, own);
     let is_this_nodes = |claim: &VolumeClaim| claim.owner == *facts.this_node;
+    // A withdrawn takeover gives the ownership back with what the peer had heard of its epoch.
+    let with_own_epoch = |claim: VolumeClaim| match own {
+        Some(own)
+            if is_this_nodes(own)
+                && (own.epoch, own.epoch_state) > (claim.epoch, claim.epoch_state) =>
+        {
+            VolumeClaim {
+                epoch: own.epoch,
+                epoch_state: own.epoch_state,
+                last_mirrored: own.last_mirrored,
+                ..claim
+            }
+        }
+        _ => claim,
+    };
     match decision {
         Decision::Serve(ServeAs::First) => Some(VolumeClaim::first(facts.this_node.clone())),
-        Decision::Serve(_) | Decision::FinishTakeover => {
-            newest_as_owner.filter(is_this_nodes).or(own.cloned())
-        }
+        Decision::Serve(_) | Decision::FinishTakeover => newest_as_owner
+            .filter(is_this_nodes)
+            .or(own.cloned())
+            .map(with_own_epoch),
         Decision::WaitForMerge => {
             let mine = newest_as_owner.filter(is_this_nodes).or(own.cloned())?;
             Some(VolumeClaim {
                 phase: Phase::Unmerged,
-                ..mine
+                ..with_own_epoch(mine)
             })
         }
         Decision::Mirror | Decision::TakenOver => match (own, peer) {

@@ -518,3 +518,31 @@ fn the_owners_own_word_counts_where_the_peer_knows_an_older_one() {
     assert_eq!(decide(&facts), Decision::Mirror);
     assert_eq!(first_word(&facts, Decision::Mirror), Some(open));
 }
+
+#[test]
+fn a_withdrawn_takeover_does_not_take_the_owner_back_to_an_epoch_of_before() {
+    // The peer withdrew while it had heard of epoch 3 only; epoch 4 has begun since.
+    let own = OwnWord {
+        word: Word::Says(VolumeClaim {
+            epoch: Epoch(4),
+            ..claim("a", 5, Phase::Settled, EpochState::Open)
+        }),
+        boot_id: Some(BOOT),
+    };
+    let withdrawn = claim("a", 6, Phase::Settled, EpochState::Closed);
+    let peer_slot = Word::Says(withdrawn);
+    let (this, boot_id) = (node("a"), BOOT);
+    let facts = Facts {
+        this_node: &this,
+        boot_id,
+        configured_owner: &this,
+        own: &own,
+        peer_slot: &peer_slot,
+        peer_live: None,
+    };
+    for decision in [Decision::Serve(ServeAs::Resumed), Decision::WaitForMerge] {
+        let word = first_word(&facts, decision).expect("it owns the volume");
+        let told = (word.table_version, word.epoch, word.epoch_state);
+        assert_eq!(told, (6, Epoch(4), EpochState::Open), "{decision:?}");
+    }
+}
