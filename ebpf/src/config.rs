@@ -39,6 +39,7 @@ globals! {
     RENAME_OLD_DENTRY, RENAME_FLAGS,
     FAULT_VMA, VMA_FILE,
     DIO_IOCB, DIO_FLAGS,
+    TASK_GROUP_LEADER, TASK_START_BOOTTIME,
 }
 
 /// Reads a member through a pointer whose type the verifier knows: a plain load.

@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::*;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, RingBuf};
 use twinwrite_abi::{
-    CONTROL_SLOTS, RECORD_ALIGN, RING_HEADER_BYTES, RecordHeader, control, gap, op,
+    CONTROL_SLOTS, RECORD_ALIGN, RING_HEADER_BYTES, RecordHeader, TICK_NS, control, gap, op,
 };
 
 use crate::config::*;
@@ -109,10 +109,24 @@ pub fn wanted(inode: *const u8) -> Option<Control> {
     let control = Control::get()?;
     // SAFETY: the helper has no precondition.
     let tgid = unsafe { bpf_get_current_pid_tgid() } >> 32;
-    if tgid == control.read(control::AGENT_TGID) && control.read(control::CALIBRATING) == 0 {
+    if tgid == control.read(control::AGENT_TGID)
+        && control.read(control::CALIBRATING) == 0
+        && group_start_ticks() == control.read(control::AGENT_START_TICKS)
+    {
         return None;
     }
     Some(control)
+}
+
+/// When the current thread group began, in clock ticks since boot.
+#[inline(always)]
+fn group_start_ticks() -> u64 {
+    // SAFETY: the helper gives the running task, whose leader outlives it.
+    unsafe {
+        let task = bpf_get_current_task_btf() as *const u8;
+        let leader: *const u8 = member(task, &TASK_GROUP_LEADER);
+        member::<u64>(leader, &TASK_START_BOOTTIME) / TICK_NS
+    }
 }
 
 /// Reads `sec` and `nsec` members into nanoseconds.

@@ -60,6 +60,10 @@ pub mod op {
     pub const GAP: u8 = 11;
 }
 
+/// Nanoseconds of one clock tick as the kernel tells it to user space (`USER_HZ` is 100 on all
+/// architectures that matter here; `nsec_to_clock_t`, kernel/time/time.c).
+pub const TICK_NS: u64 = 10_000_000;
+
 /// Bits of [`RecordHeader::flags`].
 pub mod flag {
     /// The bytes are not in the record; the agent fills them from the page cache.
@@ -122,6 +126,9 @@ pub mod control {
     pub const ASLEEP: usize = 8;
     /// Agent: thread group whose own work is not captured.
     pub const AGENT_TGID: usize = 9;
+    /// Agent: when that thread group began, in clock ticks since boot (`/proc/PID/stat`, field 22):
+    /// a dead agent's number may become another process's.
+    pub const AGENT_START_TICKS: usize = 12;
     /// Agent: 1 when `ki_pos` at the exit of the inner write function is the end of the write
     /// (calibrated: 6.1 xfs leaves it at the start).
     pub const POS_IS_END: usize = 10;

@@ -7,6 +7,7 @@
 mod checkpointer;
 mod clock;
 mod closer;
+pub mod exclusive;
 pub mod filesystem_uuid;
 mod filler;
 mod fitness;
@@ -39,7 +40,7 @@ use crate::admin::{self, Answer, Responder};
 use crate::board::Board;
 use crate::cluster::claim::BootId;
 use crate::cluster::control::{ControlClient, ControlServer, Identity};
-use crate::cluster::mailbox::AgentState;
+use crate::cluster::mailbox::{AgentState, RESTART_LIMIT};
 use crate::cluster::mounts::{self, MountState};
 use crate::cluster::questions::NotTaken;
 use crate::config::{Config, TransportKind, Volume};
@@ -49,6 +50,7 @@ use crate::link::{SharedMemory, open_transport};
 use crate::metrics;
 use crate::status::PeerState;
 use clock::duration;
+use exclusive::VolumeLock;
 use handler::Handler;
 use keeper::Keeper;
 use ledger::Ledger;
@@ -60,8 +62,6 @@ use volume_io::VolumeIo;
 const NODE_PAGE_BYTES: u64 = 4096;
 /// Longest wait for the volumes' orderly end.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
-/// Longest time for which a restart may be announced: for so long a death goes unnoticed.
-const RESTART_LIMIT: Duration = Duration::from_secs(300);
 
 fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
@@ -92,6 +92,9 @@ pub fn run(config_path: &Path, node: Option<&str>) -> anyhow::Result<()> {
     for warning in config.validate(&own)? {
         tracing::warn!("{warning}");
     }
+    let locks: Vec<_> = (config.volumes.iter())
+        .map(|volume| VolumeLock::take(&volume.name))
+        .collect::<Result<_, _>>()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -99,6 +102,7 @@ pub fn run(config_path: &Path, node: Option<&str>) -> anyhow::Result<()> {
         .context("starting the runtime")?;
     let result = runtime.block_on(run_on(config, own));
     runtime.shutdown_timeout(Duration::from_secs(1));
+    drop(locks);
     result
 }
 

@@ -69,6 +69,12 @@ const MEMBERS: &[Member] = &[
     ("VMA_FILE", "vm_area_struct", &["vm_file"]),
     ("DIO_IOCB", "iomap_dio", &["iocb"]),
     ("DIO_FLAGS", "iomap_dio", &["flags"]),
+    ("TASK_GROUP_LEADER", "task_struct", &["group_leader"]),
+    (
+        "TASK_START_BOOTTIME",
+        "task_struct",
+        &["start_boottime", "real_start_time"],
+    ),
 ];
 
 /// As [`MEMBERS`], but a kernel may be built without them: their programs are then refused.

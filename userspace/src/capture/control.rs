@@ -49,6 +49,23 @@ impl Control {
         self.word(slot).store(value, Ordering::Release);
     }
 
+    /// Makes this process the one whose own work is not captured.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`] when `/proc` cannot be read.
+    pub(super) fn name_agent(&self) -> Result<(), CaptureError> {
+        let stat = procfs::process::Process::myself().and_then(|process| process.stat());
+        let stat = stat.map_err(|error| {
+            CaptureError::system(
+                "reading /proc/self/stat".to_owned(),
+                std::io::Error::other(error),
+            )
+        })?;
+        self.set(control::AGENT_START_TICKS, stat.starttime);
+        self.set(control::AGENT_TGID, u64::from(std::process::id()));
+        Ok(())
+    }
+
     /// Records submitted since the programs were loaded.
     #[must_use]
     pub fn records(&self) -> u64 {

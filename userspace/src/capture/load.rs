@@ -43,8 +43,9 @@ pub(super) struct Attached {
     pub(super) resumed: bool,
 }
 
-/// Where a volume's pins are. bpffs refuses some characters, so they are written as `%xx`.
-pub(super) fn pin_directory(volume: &str) -> PathBuf {
+/// A volume's name as that of a file. bpffs refuses some characters, so they are written as `%xx`.
+#[must_use]
+pub fn escaped(volume: &str) -> String {
     use std::fmt::Write as _;
     let mut name = String::new();
     for byte in volume.bytes() {
@@ -55,7 +56,18 @@ pub(super) fn pin_directory(volume: &str) -> PathBuf {
             let _ = write!(name, "%{byte:02x}");
         }
     }
-    Path::new(PIN_ROOT).join(name)
+    name
+}
+
+/// Where a volume's pins are.
+pub(super) fn pin_directory(volume: &str) -> PathBuf {
+    Path::new(PIN_ROOT).join(escaped(volume))
+}
+
+/// The control words of a volume's pinned programs, if there are any.
+pub(super) fn pinned_control(volume: &str) -> Option<Control> {
+    let map = MapData::from_pin(pin_directory(volume).join("control")).ok()?;
+    Control::map(map.fd().as_fd()).ok()
 }
 
 fn link_pin(directory: &Path, hook: &Hook) -> PathBuf {
@@ -201,7 +213,7 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
         })?;
     }
     let control = Control::map(control_map.fd().as_fd())?;
-    control.set(control::AGENT_TGID, std::process::id().into());
+    control.name_agent()?;
     let (programs, disabled) = attach_all(&mut ebpf, directory, options)?;
     let mask = HOOKS.iter().enumerate().fold(0, |mask, (index, hook)| {
         mask | u64::from(disabled.iter().any(|d| d.hook.program == hook.program)) << index

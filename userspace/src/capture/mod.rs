@@ -25,12 +25,14 @@ mod sys;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use crate::ids::Epoch;
+
 pub use calibrate::{Calibration, calibrate};
 pub use continuity::Continuity;
 pub use control::{Control, GapCounts};
 pub use error::CaptureError;
 pub use hooks::{HOOKS, Hook, Kind, Need};
-pub use load::DisabledHook;
+pub use load::{DisabledHook, escaped};
 pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
 pub use probe::{Feature, features};
 pub use ring::{RingConsumer, Run, Woken};
@@ -128,11 +130,8 @@ impl Capture {
             disabled: attached.disabled,
             resumed: attached.resumed,
         };
-        let tgid = u64::from(std::process::id());
         capture.control.set(twinwrite_abi::control::CALIBRATING, 0);
-        capture
-            .control
-            .set(twinwrite_abi::control::AGENT_TGID, tgid);
+        capture.control.name_agent()?;
         Ok(capture)
     }
 
@@ -141,6 +140,13 @@ impl Capture {
     #[must_use]
     pub fn can_be_resumed(options: &CaptureOptions) -> bool {
         load::can_be_resumed(options)
+    }
+
+    /// The epoch that the pinned programs of a volume still serve, as its agent left it.
+    #[must_use]
+    pub fn pinned_epoch(volume_name: &str) -> Option<Epoch> {
+        let control = load::pinned_control(volume_name)?;
+        Continuity::load(&control).map(|left| left.epoch)
     }
 
     /// Removes the programs and pins of a volume.

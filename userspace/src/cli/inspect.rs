@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use super::NodeArguments;
 use crate::agent;
+use crate::agent::exclusive::VolumeLock;
 use crate::capture::{self, Capture};
 use crate::config::{Config, TransportKind};
 use crate::link::rdma::RdmaTransport;
@@ -115,6 +116,15 @@ fn zero_copy(device: Option<&str>) -> bool {
 }
 
 pub(super) fn detach(volume: &str) -> anyhow::Result<ExitCode> {
+    let _lock = VolumeLock::take(volume)?;
+    // Without its programs a volume changes unseen, and a merge of the open epoch's region would lay
+    // older bytes over what was flushed since.
+    if let Some(epoch) = Capture::pinned_epoch(volume) {
+        anyhow::bail!(
+            "volume {volume}: epoch {epoch} is open, and the programs belong to it; start the agent and \
+             end it with `twinwrite stop`, which closes the epoch, then detach"
+        );
+    }
     Capture::detach(volume)?;
     println!("volume {volume}: no capture programs are attached; its changes are not mirrored");
     Ok(ExitCode::SUCCESS)

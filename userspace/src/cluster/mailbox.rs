@@ -20,7 +20,9 @@ mod slot;
 #[cfg(test)]
 mod tests;
 
-pub use slot::{AgentState, MailboxSlot, NodeReport, SlotError, VolumeEntry, told_of, words_of};
+pub use slot::{
+    AgentState, MailboxSlot, NodeReport, RESTART_LIMIT, SlotError, VolumeEntry, told_of, words_of,
+};
 
 /// Bytes of a slot on the device; also the alignment of direct I/O.
 pub const SLOT_BYTES: u64 = 4096;

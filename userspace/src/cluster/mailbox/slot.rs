@@ -259,12 +259,16 @@ impl NodeReport {
     }
 }
 
+/// Longest absence that a node can announce: for so long its death goes unnoticed.
+pub const RESTART_LIMIT: Duration = Duration::from_secs(300);
+
 /// What the two words of a slot, or of a heartbeat, tell.
 #[must_use]
 pub fn told_of(restart_ms: u32, volume_io_ms: u32) -> Told {
     let age = volume_io_ms.checked_sub(1);
     Told {
-        restart_within: Duration::from_millis(restart_ms.into()),
+        // Whoever says more is damaged or hostile, and is not waited for until then.
+        restart_within: Duration::from_millis(restart_ms.into()).min(RESTART_LIMIT),
         volume_io_age: age.map(|ms| Duration::from_millis(ms.into())),
     }
 }

@@ -148,7 +148,7 @@ fn forget(lab: &Lab) -> Result<()> {
     lab.run(
         A,
         &format!(
-            "twinwrite detach vol0; rm -rf /var/lib/twinwrite/*; umount {MOUNT_POINT} 2>/dev/null; \
+            "twinwrite detach vol0 || rm -rf /sys/fs/bpf/twinwrite; rm -rf /var/lib/twinwrite/*; umount {MOUNT_POINT} 2>/dev/null; \
              dd if=/dev/zero of=/dev/disk/by-id/virtio-mailbox bs=4096 count=2 status=none"
         ),
     )
