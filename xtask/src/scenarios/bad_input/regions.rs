@@ -124,6 +124,10 @@ fn full(lab: &Lab, stream: &Stream<'_>) -> Result<()> {
     )?;
     let region = lab.run(B, &format!("sha256sum {REGION}"))?;
     refused(lab, B, &replay(ROOT), &["space"]).context("a full volume")?;
+    // So full that the replay could not even begin; with room for the names and some of the bytes it
+    // stops in the middle.
+    lab.run(B, &format!("truncate -s -256K {ROOT}/filler-256M-0; sync"))?;
+    refused(lab, B, &replay(ROOT), &["space", "write"]).context("a volume with little room")?;
     ensure!(
         lab.run(B, &format!("sha256sum {REGION}"))? == region,
         "the replay that ran out of space changed the region"
