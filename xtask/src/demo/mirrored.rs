@@ -1,5 +1,6 @@
 //! The run with mirroring: A is protected, dies, and B takes over by itself.
 
+use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,7 @@ pub(super) fn run(plan: &Plan, report: &mut Report) -> Result<()> {
         let crash_ms = progress::step(&format!("Crashing A ({})", report.crash), || {
             lab.crash(NodeName::A, plan.crash)
         })?;
+        report.epochs_ended = epochs_ended(lab)?;
         report.lag_records_exported = Some(sample.lag_peak_records);
         report.protection_at_crash = Some(sample.protection);
         let serving_ms = progress::step("B notices, fences A, mounts, replays", || {
@@ -70,6 +72,17 @@ pub(super) fn run(plan: &Plan, report: &mut Report) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// What A's agent said of the ends of epochs.
+fn epochs_ended(lab: &Lab) -> Result<Vec<String>> {
+    let log = lab.agent_log(NodeName::A);
+    let bytes = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    let text = String::from_utf8_lossy(&bytes);
+    let said = text
+        .lines()
+        .filter(|line| line.contains("is closed at record"));
+    Ok(said.map(str::to_owned).collect())
 }
 
 fn volume_status(lab: &Lab, node: NodeName) -> Result<Value> {

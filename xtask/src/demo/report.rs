@@ -53,6 +53,9 @@ pub struct Report {
     pub stream_operations_acknowledged_without: Option<u64>,
     /// Operations of the stream that were in the region.
     pub stream_operations_in_region: Option<u64>,
+    /// What A's agent said of epochs that ended before the crash: none should, and the region's last
+    /// record then no longer says which operations were in it.
+    pub epochs_ended: Vec<String>,
     /// Operations of the stream that are there without a hole.
     pub stream_operations_found: Option<u64>,
     /// Acknowledged operations, one record each, after the last that is there.
@@ -113,6 +116,7 @@ impl Report {
             stream_operations_acknowledged: None,
             stream_operations_acknowledged_without: None,
             stream_operations_in_region: None,
+            epochs_ended: Vec::new(),
             stream_operations_found: None,
             tail_records_lost: None,
             tail_records_lost_without: None,
@@ -176,6 +180,8 @@ impl Report {
                     .filter(|(holds, _)| !holds)
                     .map(|(_, what)| what.to_owned()),
             );
+            let ended = self.epochs_ended.iter();
+            failures.extend(ended.map(|said| format!("an epoch ended before the crash: {said}")));
         }
         self.pass = failures.is_empty();
         self.failures = failures;
