@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod config;
 pub mod durability;
 pub mod events;
+pub mod faults;
 pub mod ids;
 pub mod link;
 pub mod metrics;

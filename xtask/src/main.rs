@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::commands::{build, demo, run, setup, test, vm};
+use xtask::commands::{build, demo, run, setup, sim, test, vm};
 use xtask::lab::daemon;
 
 /// Builds, tests, demonstrates and runs twinwrite.
@@ -25,6 +25,8 @@ enum Command {
     Run(run::Arguments),
     /// Show that an unflushed write survives its machine, and what happens without twinwrite.
     Demo(demo::Arguments),
+    /// Run the cores against models of kernel, disk, network and crash, seed by seed.
+    Sim(sim::Arguments),
     /// Check, and test with and without virtual machines.
     Test(test::Arguments),
     /// The lab: two virtual machines with a shared disk.
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Command::Build(arguments) => build::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Sim(arguments) => sim::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Vm(arguments) => vm::run(&arguments),
         Command::LabDaemon {

@@ -22,6 +22,7 @@
 use std::time::Duration;
 
 use super::claim::BootId;
+use crate::faults::{Fault, injected};
 use crate::status::PeerState;
 
 #[cfg(test)]
@@ -312,7 +313,7 @@ impl Liveness {
     fn notice_own_stall(&mut self, now: Duration, changes: &mut Vec<Change>) {
         let gap = now.saturating_sub(self.looked_at);
         self.looked_at = now;
-        if gap > self.limits.heartbeat_interval * 2 {
+        if gap > self.limits.heartbeat_interval * 2 && !injected(Fault::OwnStallCounts) {
             changes.push(Change::OwnStall { gap });
             self.link.window_from = now;
             self.mailbox.window_from = now;
@@ -378,6 +379,9 @@ impl Liveness {
         }
         match (self.link.lives(), self.mailbox.lives()) {
             (true, true) => PeerState::Alive,
+            (false, true) if self.link.quiet && injected(Fault::LinkSilentMeansDead) => {
+                PeerState::Dead
+            }
             (false, true) if self.link.quiet => PeerState::LinkSilent,
             (true, false) if self.mailbox.quiet => PeerState::MailboxSilent,
             (false, false) if link_over && mailbox_over => self.silent_on_both(),

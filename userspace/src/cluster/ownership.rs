@@ -13,6 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::claim::{BootId, EpochState, Phase, VolumeClaim};
+use crate::faults::{Fault, injected};
 use crate::ids::NodeId;
 
 #[cfg(test)]
@@ -177,7 +178,11 @@ enum Peer<'a> {
 /// Decides.
 #[must_use]
 pub fn decide(facts: &Facts<'_>) -> Decision {
-    let peer = peer_word(facts);
+    let peer = if injected(Fault::ClaimIgnored) {
+        Peer::Nothing
+    } else {
+        peer_word(facts)
+    };
     if contradicts_itself(facts, &peer) {
         return Decision::Suspended(Doubt::BothClaim);
     }
@@ -270,6 +275,9 @@ fn as_undisputed_owner(facts: &Facts<'_>, own: &VolumeClaim) -> Decision {
     let same_boot = facts.own.boot_id == Some(facts.boot_id);
     match (own.phase, own.epoch_state) {
         (Phase::Claiming | Phase::Merging, _) => Decision::FinishTakeover,
+        (_, _) if !same_boot && injected(Fault::RebootedServes) => {
+            Decision::Serve(ServeAs::Returned)
+        }
         (Phase::Unmerged, _) => Decision::WaitForMerge,
         (Phase::Settled, _) if same_boot => Decision::Serve(ServeAs::Resumed),
         (Phase::Settled, EpochState::Open) => Decision::WaitForMerge,

@@ -16,6 +16,7 @@
 
 use std::fmt;
 
+use crate::faults::{Fault, injected};
 use crate::ids::{Epoch, NodeId, Seq};
 use crate::replay::{NothingToDo, Refusal, RegionClaim, Sentinel, Verdict, judge};
 
@@ -134,7 +135,9 @@ impl Words {
                  to it: {error}"
             )),
             SentinelWord::Missing => self.without_sentinel(),
-            SentinelWord::Says(sentinel) if sentinel.closed => self.with_closed(sentinel),
+            SentinelWord::Says(sentinel) if sentinel.closed && !injected(Fault::ClosedReplayed) => {
+                self.with_closed(sentinel)
+            }
             SentinelWord::Says(sentinel) => self.with_open(sentinel),
         }
     }
@@ -204,7 +207,7 @@ impl Words {
                          was set back or is another one"
                     ));
                 }
-                EpochState::Closed if said == of_volume => {
+                EpochState::Closed if said == of_volume && !injected(Fault::ClosedReplayed) => {
                     return Ruling::Void(format!("{node} said that epoch {said} had ended"));
                 }
                 EpochState::Open | EpochState::Closed | EpochState::None => {}
@@ -243,7 +246,7 @@ impl Words {
                 region.epoch
             ));
         }
-        if region.epoch < of_volume {
+        if region.epoch < of_volume && !injected(Fault::StaleEpochAccepted) {
             return self.region_elsewhere(of_volume).unwrap_or_else(|| {
                 Ruling::Void(format!(
                     "the region here is of epoch {}, the volume is in epoch {of_volume}",

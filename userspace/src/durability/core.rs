@@ -29,6 +29,7 @@ use std::collections::{HashMap, VecDeque};
 
 use thiserror::Error;
 
+use crate::faults::{Fault, injected};
 use crate::ids::{Identity, RingPos, Seq};
 use crate::record::{RecordMeta, flag, op};
 
@@ -181,7 +182,11 @@ impl LiveLog {
                 meta.pos,
                 meta.size_after,
                 meta.flags,
-                RingPos(meta.arg),
+                if injected(Fault::EntryPositionIgnored) {
+                    meta.ring_pos
+                } else {
+                    RingPos(meta.arg)
+                },
             );
         }
         Ok(gap)
@@ -198,7 +203,14 @@ impl LiveLog {
         before: RingPos,
     ) {
         let full = first_byte == 0 && last_byte >= FULL_RANGE_END;
-        if !full || flags & (flag::DATASYNC | flag::UNLINKED) != 0 {
+        let mut without = flag::DATASYNC | flag::UNLINKED;
+        if injected(Fault::DatasyncPurgesAttributes) {
+            without &= !flag::DATASYNC;
+        }
+        if injected(Fault::UnlinkedPurged) {
+            without &= !flag::UNLINKED;
+        }
+        if !full && !injected(Fault::RangePurgesInode) || flags & without != 0 {
             return;
         }
         // An inode without live records has nothing to prove; later records are behind `before`.
@@ -217,6 +229,9 @@ impl LiveLog {
             return Err(LiveError::Checkpoint { seq, last });
         }
         self.checkpoint = self.checkpoint.max(seq);
+        if injected(Fault::CheckpointPurgesOneMore) {
+            self.checkpoint = self.checkpoint.next().min(last);
+        }
         Ok(())
     }
 

@@ -235,6 +235,15 @@ impl MirrorCore {
         Self::build(tail, window, now_us)
     }
 
+    /// [`MirrorCore::new`] without the limit on the log's size, for the simulator.
+    ///
+    /// # Errors
+    /// As [`MirrorCore::new`].
+    #[cfg(feature = "faults")]
+    pub fn with_small_log(tail: &Tail, window: usize, now_us: u64) -> Result<Self, CoreError> {
+        Self::build(tail, window, now_us)
+    }
+
     /// [`MirrorCore::new`] without the limit on the log's size, so that tests can use small logs.
     fn build(tail: &Tail, window: usize, now_us: u64) -> Result<Self, CoreError> {
         if window < 3 {

@@ -21,6 +21,7 @@ use super::layout::{
     HEAD_OFFSETS, HeadSlot, LOG_BYTES_MAX, LOG_BYTES_MIN, LOG_OFFSET, MIRRORED_OFFSET, Mirrored,
     REGION_VERSION, RegionHeader, STATUS_OFFSET, Sealed, chain_start,
 };
+use crate::faults::{Fault, injected};
 use crate::ids::{Epoch, Identity, Lsn, RingPos, Seq};
 pub use frames::{FillRef, FrameRef, Stop};
 pub use records::{Payload, ScannedRecord, ScannedRecords};
@@ -288,6 +289,19 @@ pub fn scan(header: &RegionHeader, status_page: &[u8], log: &[u8]) -> Result<Sca
     read(header, status_page, log)
 }
 
+/// [`scan`] without the limits on the log's size, for the simulator.
+///
+/// # Errors
+/// As [`scan`].
+#[cfg(feature = "faults")]
+pub fn scan_small_log(
+    header: &RegionHeader,
+    status_page: &[u8],
+    log: &[u8],
+) -> Result<Scan, ScanError> {
+    read(header, status_page, log)
+}
+
 /// [`scan`] without the limits on the log's size, so that tests can use small logs.
 pub(crate) fn read(
     header: &RegionHeader,
@@ -313,6 +327,7 @@ pub(crate) fn read(
     let walked = frames::walk(epoch, head, log);
     let last_seq = last_complete(walked.end.next_seq, walked.pending_fill.as_ref());
     if let Some(m) = mirrored
+        && !injected(Fault::PublishedIgnored)
         && (m.lsn > walked.end.lsn.0 || m.seq > last_seq.0)
     {
         return Err(ScanError::Damaged {
@@ -432,6 +447,9 @@ fn read_head(page: &[u8], epoch: Epoch) -> Result<Head, ScanError> {
 /// Finds the last N in `head_seq - 1 ..= last` such that no record up to N was filled with bytes
 /// read after a record beyond N.
 fn find_cut(head_seq: Seq, last: Seq, fills: &[FillRef]) -> Seq {
+    if injected(Fault::SafeAtIgnored) {
+        return last;
+    }
     let mut latest = 0;
     let reach: Vec<u64> = fills
         .iter()

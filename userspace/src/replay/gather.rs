@@ -11,6 +11,7 @@ use super::ReplayError;
 use super::extents::{END, Source};
 use super::plan::{Inode, Kind, Origin, Plan, Told};
 use super::{LogItem, ReplayInput};
+use crate::faults::{Fault, injected};
 use crate::ids::{Identity, RingPos, Seq};
 use crate::record::{RecordHeader, flag, op};
 
@@ -308,27 +309,33 @@ impl<'a> Gather<'a> {
     /// An fsync-class call succeeded.
     fn mark(&mut self, item: &LogItem<'a>) {
         let header = item.record.header;
-        if header.flags & flag::UNLINKED != 0 {
+        let unlinked = header.flags & flag::UNLINKED != 0;
+        if unlinked && !injected(Fault::UnlinkedPurged) || injected(Fault::ClipOmitted) {
             return;
         }
         let Some(inode) = self.plan.inodes.get_mut(&item.record.identity()) else {
             return;
         };
-        let before = RingPos(header.arg);
-        if inode.named_at >= before {
+        let before = if injected(Fault::EntryPositionIgnored) {
+            item.ring_pos
+        } else {
+            RingPos(header.arg)
+        };
+        if inode.named_at >= before && !injected(Fault::UnlinkedPurged) {
             // It got its (first) name while the call ran: what has no name is lost in a crash.
             return;
         }
         let end = header.size_after.saturating_add(1).min(END);
-        let full = header.pos == 0 && end == END;
+        let full = header.pos == 0 && end == END || injected(Fault::RangePurgesInode);
+        let (start, end) = if full { (0, END) } else { (header.pos, end) };
         inode.proven |= full;
         let keep = inode.can_be_made();
-        inode.content.confirm(header.pos, end, before, keep);
+        inode.content.confirm(start, end, before, keep);
         if !full {
             return;
         }
         confirm(&mut inode.size, before);
-        if header.flags & flag::DATASYNC == 0 {
+        if header.flags & flag::DATASYNC == 0 || injected(Fault::DatasyncPurgesAttributes) {
             confirm(&mut inode.mode, before);
             confirm(&mut inode.owner, before);
             confirm(&mut inode.mtime_ns, before);

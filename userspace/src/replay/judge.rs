@@ -6,6 +6,7 @@
 use thiserror::Error;
 
 use super::sentinel::Sentinel;
+use crate::faults::{Fault, injected};
 use crate::ids::{Epoch, Seq};
 
 /// What a region says of itself; from its header and a complete scan.
@@ -158,13 +159,13 @@ pub fn judge(
     if sentinel.epoch == new_epoch && new_epoch != region.epoch {
         return Verdict::Nothing(NothingToDo::Finished { epoch: new_epoch });
     }
-    if sentinel.epoch != region.epoch {
+    if sentinel.epoch != region.epoch && !injected(Fault::StaleEpochAccepted) {
         return Verdict::Refuse(Refusal::OtherEpoch {
             region: region.epoch,
             sentinel: sentinel.epoch,
         });
     }
-    if sentinel.closed || region.closed {
+    if (sentinel.closed || region.closed) && !injected(Fault::ClosedReplayed) {
         let told_by = if sentinel.closed {
             "the sentinel"
         } else {
@@ -174,6 +175,9 @@ pub fn judge(
             epoch: region.epoch,
             told_by,
         });
+    }
+    if injected(Fault::SentinelIgnored) {
+        return Verdict::Merge { after: Seq(0) };
     }
     if region.marked > sentinel.seq {
         return Verdict::Refuse(Refusal::VolumeBehind {

@@ -4,5 +4,6 @@ pub mod build;
 pub mod demo;
 pub mod run;
 pub mod setup;
+pub mod sim;
 pub mod test;
 pub mod vm;

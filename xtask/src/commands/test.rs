@@ -23,7 +23,13 @@ pub struct Arguments {
 }
 
 /// Packages that are compiled for this host.
-const HOST_PACKAGES: &[&str] = &["twinwrite-abi", "twinwrite", "twinwrite-tests", "xtask"];
+const HOST_PACKAGES: &[&str] = &[
+    "twinwrite-abi",
+    "twinwrite",
+    "twinwrite-simulator",
+    "twinwrite-tests",
+    "xtask",
+];
 
 /// Checks and tests, the quick things first.
 ///

@@ -233,8 +233,11 @@ impl NodeReport {
         })
     }
 
-    /// The bytes of the slot; an error in words if a name or the number of volumes does not fit.
-    pub(super) fn seal(&self, cluster: &str) -> Result<MailboxSlot, String> {
+    /// The bytes of the slot.
+    ///
+    /// # Errors
+    /// In words, if a name or the number of volumes does not fit.
+    pub fn seal(&self, cluster: &str) -> Result<MailboxSlot, String> {
         let mut slot = MailboxSlot::new_zeroed();
         slot.magic = MAGIC;
         slot.version = VERSION;

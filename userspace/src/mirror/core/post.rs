@@ -5,6 +5,7 @@ use zerocopy::IntoBytes;
 use super::fill::OpenFill;
 use super::space::{HeadPoint, Place};
 use super::{Action, Advance, CoreError, MirrorCore};
+use crate::faults::{Fault, injected};
 use crate::ids::{Lsn, RingPos, Seq};
 use crate::link::PostId;
 use crate::region::layout::{
@@ -162,7 +163,11 @@ impl MirrorCore {
 
     /// Publishes how far the log has come; at most one such post is in flight.
     fn post_mirrored(&mut self) -> Option<Action> {
-        let now = (self.mirrored_lsn, self.mirrored);
+        let now = if injected(Fault::PublishedAheadOfMemory) {
+            (self.end.lsn, self.mirrored_at_end().0)
+        } else {
+            (self.mirrored_lsn, self.mirrored)
+        };
         if self.publishing || self.published == Some(now) || now.0 == Lsn(0) {
             return None;
         }
@@ -420,6 +425,12 @@ impl MirrorCore {
         let offset = LOG_OFFSET + self.end.lsn.0 % self.space.log_bytes;
         self.end.lsn = Lsn(self.end.lsn.0 + header.stride());
         self.end.last_header_crc = header.header_crc32c;
+        if injected(Fault::AckBeforeCompletion) {
+            self.advance(effect.0, RingPos(0));
+        }
+        if injected(Fault::RingReleasedBeforeCompletion) {
+            self.release = self.release.max(effect.1);
+        }
         let effect = Effect::Frame {
             lsn: self.end.lsn,
             seq: effect.0,

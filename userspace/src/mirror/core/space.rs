@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use crate::faults::{Fault, injected};
 use crate::ids::{Lsn, RingPos, Seq};
 use crate::region::layout::FRAME_HEADER_BYTES;
 use crate::region::scan::{LogEnd, Tail};
@@ -105,7 +106,11 @@ impl Space {
     /// Where a frame with this body can go when the log ends at `end`.
     pub(super) fn place(&self, end: Lsn, body_len: u64, use_reserve: bool) -> Place {
         let reserve = if use_reserve { 0 } else { RESERVE_BYTES };
-        let taken = end.0 - self.safe.0;
+        let taken = if injected(Fault::SpaceReusedBeforeHead) {
+            end.0 - self.target.lsn.0
+        } else {
+            end.0 - self.safe.0
+        };
         let free = self.log_bytes.saturating_sub(taken + reserve);
         let to_end = self.log_bytes - end.0 % self.log_bytes;
         let need = FRAME_HEADER_BYTES + body_len.next_multiple_of(64);

@@ -2,6 +2,7 @@
 
 use super::resolve::{dead_name, kept_name, made_name};
 use super::{Apply, Found, STAGING, Stage};
+use crate::faults::{Fault, injected};
 use crate::ids::Identity;
 use crate::replay::volume::{Step, Volume};
 
@@ -81,6 +82,9 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
     fn unbind(&mut self) -> Step<()> {
         let plan = self.plan;
         for ((directory, name), child) in &plan.names {
+            if injected(Fault::UnbindOmitted) && child.is_none() {
+                continue;
+            }
             let Some(disk_directory) = self.on_disk(*directory) else {
                 continue;
             };
@@ -111,6 +115,9 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         let Some(stat) = self.volume.stat(there)? else {
             return Ok(());
         };
+        if injected(Fault::VictimUnchecked) && !stat.is_directory() {
+            return self.volume.unlink(directory, name);
+        }
         let planned = self.planned.get(&there).copied();
         let dead = planned
             .and_then(|p| self.inode(p))

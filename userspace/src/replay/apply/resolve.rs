@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Apply, Found, Stage};
+use crate::faults::{Fault, injected};
 use crate::ids::Identity;
 use crate::replay::plan::{Inode, Kind, Origin};
 use crate::replay::volume::{Stamp, Step, Volume};
@@ -108,7 +109,18 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         if inode.origin == Origin::LinkedOnly && !inode.proven && !inode.dead {
             return Ok(Found::Lost);
         }
-        if !inode.can_be_made() {
+        if injected(Fault::PathFallback) {
+            for (directory, name) in self.places.get(&identity).cloned().unwrap_or_default() {
+                if let Some(directory) = self.on_disk(directory)
+                    && let Some(there) = self.volume.lookup(directory, name)?
+                {
+                    return Ok(Found::Made(there));
+                }
+            }
+        }
+        if !inode.can_be_made() && !injected(Fault::DeletedAheadRemade)
+            || !matches!(inode.origin, Origin::Created(_))
+        {
             return Ok(Found::Gone);
         }
         if let Some(made) = self.find_made(identity)? {

@@ -1,0 +1,266 @@
+//! What applications do next: dice, loaded so that names and inodes meet often.
+
+use twinwrite::ids::Identity;
+use twinwrite::record::gap;
+
+use crate::history::Scope;
+use crate::image::{Mutation, Name, OWN, Place, ROOT};
+use crate::kernel::{How, Kernel, MAX_BLOCKS, Under};
+use crate::random::Random;
+
+const DIRECTORIES_MAX: usize = 3;
+const FILES_MAX: usize = 6;
+
+/// How often what happens, in this run.
+#[derive(Clone, Copy, Debug)]
+pub struct Taste {
+    /// Of 100 writes, those whose bytes do not come with the record.
+    pub no_bytes: usize,
+    /// Of 100 writes, those with O_DSYNC.
+    pub dsync: usize,
+    /// Of 100 calls, those that are only noticed.
+    pub gaps: usize,
+    /// Of 100 calls, fsync-class ones.
+    pub syncs: usize,
+    /// Of 100 calls, changes of names.
+    pub names: usize,
+    /// Of 100 calls, stores through mappings.
+    pub stores: usize,
+}
+
+/// Starts a call on an idle thread; nothing if the dice chose something impossible.
+pub fn begin(
+    kernel: &mut Kernel,
+    thread: usize,
+    taste: &Taste,
+    random: &mut Random,
+    under: &mut Under<'_>,
+) {
+    let dice = random.below(100);
+    let files = files(kernel);
+    if dice < taste.syncs {
+        sync(kernel, thread, &files, random, under);
+    } else if dice < taste.syncs + taste.names {
+        if let Some(mutation) = names(kernel, &files, random) {
+            let how = How {
+                bytes_in_ring: true,
+                gap: random.chance(taste.gaps).then_some(gap::UNREADABLE),
+                ..How::default()
+            };
+            kernel.begin_change(thread, &mutation, how, under);
+        }
+    } else if dice < taste.syncs + taste.names + taste.stores {
+        if let Some(file) = random.pick(&files) {
+            kernel.store(file, random.below(MAX_BLOCKS), under);
+        }
+    } else {
+        content(kernel, thread, &files, (taste, random), under);
+    }
+}
+
+fn files(kernel: &Kernel) -> Vec<Identity> {
+    let inodes = kernel.live.inodes.iter();
+    inodes
+        .filter(|(_, n)| !n.directory)
+        .map(|(i, _)| *i)
+        .collect()
+}
+
+fn directories(kernel: &Kernel) -> Vec<Identity> {
+    let inodes = kernel.live.inodes.iter();
+    let usable = |i: Identity| i != OWN && !kernel.live.contains(OWN, i);
+    inodes
+        .filter(|(i, n)| n.directory && n.links > 0 && usable(**i))
+        .map(|(i, _)| *i)
+        .collect()
+}
+
+fn sync(
+    kernel: &mut Kernel,
+    thread: usize,
+    files: &[Identity],
+    random: &mut Random,
+    under: &mut Under<'_>,
+) {
+    let scope = match random.below(10) {
+        // A sync of the volume is not a mark of each inode: see docs/simulator.md.
+        0 if !kernel.uncaptured.is_empty() => return,
+        0 => Scope::Volume,
+        1 => match random.pick(&directories(kernel)) {
+            Some(directory) => Scope::Full(directory),
+            None => return,
+        },
+        dice => match (random.pick(files), dice) {
+            (None, _) => return,
+            (Some(file), 2..=5) => Scope::Full(file),
+            (Some(file), 6..=7) => Scope::Data(file),
+            (Some(file), _) => {
+                let first = random.below(MAX_BLOCKS);
+                Scope::Range(file, first, first + 1 + random.below(2))
+            }
+        },
+    };
+    kernel.begin_sync(thread, scope, under);
+}
+
+fn content(
+    kernel: &mut Kernel,
+    thread: usize,
+    files: &[Identity],
+    (taste, random): (&Taste, &mut Random),
+    under: &mut Under<'_>,
+) {
+    let Some(inode) = random.pick(files) else {
+        return;
+    };
+    let size = kernel.live.inodes.get(&inode).map_or(0, |n| n.blocks.len());
+    let next = *under.version + 1;
+    let gap = random.chance(taste.gaps).then(|| {
+        if random.chance(50) {
+            gap::FALLOCATE
+        } else {
+            gap::IOCTL
+        }
+    });
+    let mutation = match random.below(12) {
+        0 => Mutation::Truncate {
+            inode,
+            size: random.below(MAX_BLOCKS),
+        },
+        1 => Mutation::Chown {
+            inode,
+            uid: next as u32,
+        },
+        2 => Mutation::Chmod {
+            inode,
+            mode: 0o400 + next as u32 % 0o300,
+        },
+        _ => {
+            let first = random.below(MAX_BLOCKS - 1).min(size + 1);
+            let count = 1 + random.below((MAX_BLOCKS - first).min(3));
+            Mutation::Write {
+                inode,
+                first,
+                blocks: vec![next as u32; count],
+                stamped: true,
+            }
+        }
+    };
+    let how = How {
+        bytes_in_ring: !random.chance(taste.no_bytes),
+        dsync: random.chance(taste.dsync),
+        gap,
+    };
+    kernel.begin_change(thread, &mutation, how, under);
+}
+
+fn name(random: &mut Random) -> Name {
+    vec![b'a' + random.below(4) as u8]
+}
+
+fn bound(kernel: &Kernel) -> Vec<(Place, Identity)> {
+    let mut all = Vec::new();
+    for directory in directories(kernel) {
+        if let Some(node) = kernel.live.inodes.get(&directory) {
+            let names = node.names().filter(|(_, child)| *child != OWN);
+            all.extend(names.map(|(name, child)| ((directory, name.clone()), child)));
+        }
+    }
+    all
+}
+
+fn names(kernel: &mut Kernel, files: &[Identity], random: &mut Random) -> Option<Mutation> {
+    let place = (random.pick(&directories(kernel))?, name(random));
+    let there = kernel.live.lookup(place.0, &place.1);
+    let node = |kernel: &Kernel, who: Identity| kernel.live.inodes.get(&who).cloned();
+    match random.below(20) {
+        0..=5 if there.is_none() && files.len() < FILES_MAX => Some(Mutation::Create {
+            inode: kernel.allocate(),
+            directory: false,
+            mode: 0o644,
+            place: Some(place),
+        }),
+        6..=7 if there.is_none() && directories(kernel).len() < DIRECTORIES_MAX => {
+            Some(Mutation::Create {
+                inode: kernel.allocate(),
+                directory: true,
+                mode: 0o755,
+                place: Some(place),
+            })
+        }
+        8 if files.len() < FILES_MAX => Some(Mutation::Create {
+            inode: kernel.allocate(),
+            directory: false,
+            mode: 0o600,
+            place: None,
+        }),
+        9..=10 if there.is_none() => {
+            let inode = random.pick(files)?;
+            let node = node(kernel, inode)?;
+            let nameless = node.links == 0 && !kernel.live.removed.contains_key(&node.origin);
+            (node.links > 0 || nameless).then_some(Mutation::Link { inode, place })
+        }
+        11..=13 => unlink(kernel, random),
+        14..=18 => rename(kernel, place, random),
+        _ => {
+            close_one(kernel, random);
+            None
+        }
+    }
+}
+
+fn unlink(kernel: &Kernel, random: &mut Random) -> Option<Mutation> {
+    let (place, inode) = random.pick(&bound(kernel))?;
+    let node = kernel.live.inodes.get(&inode)?;
+    let empty = node.names().next().is_none();
+    (!node.directory || empty).then_some(Mutation::Unlink { inode, place })
+}
+
+fn rename(kernel: &Kernel, to: Place, random: &mut Random) -> Option<Mutation> {
+    let (from, inode) = random.pick(&bound(kernel))?;
+    let node = kernel.live.inodes.get(&inode)?;
+    if from == to || node.directory && kernel.live.contains(inode, to.0) {
+        return None;
+    }
+    let Some(there) = kernel.live.lookup(to.0, &to.1) else {
+        let victim = None;
+        return Some(Mutation::Rename {
+            inode,
+            from,
+            to,
+            victim,
+        });
+    };
+    let other = kernel.live.inodes.get(&there)?;
+    if there == OWN || there == inode {
+        return None;
+    }
+    if random.chance(30) {
+        let into_itself = other.directory && kernel.live.contains(there, from.0);
+        return (!into_itself).then_some(Mutation::Exchange {
+            inode,
+            other: there,
+            from,
+            to,
+        });
+    }
+    let fits = node.directory == other.directory && other.names().next().is_none();
+    let victim = Some(there);
+    (fits && from.0 != there).then_some(Mutation::Rename {
+        inode,
+        from,
+        to,
+        victim,
+    })
+}
+
+/// Somebody closes a file without a name.
+fn close_one(kernel: &mut Kernel, random: &mut Random) {
+    let nameless = |(inode, node): (&Identity, &crate::image::Inode)| {
+        (node.links == 0 && *inode != ROOT && !kernel.is_locked(*inode)).then_some(*inode)
+    };
+    let gone: Vec<Identity> = kernel.live.inodes.iter().filter_map(nameless).collect();
+    if let Some(inode) = random.pick(&gone) {
+        kernel.live.inodes.remove(&inode);
+    }
+}

@@ -1,0 +1,588 @@
+//! Owning a volume, as `agent::owner`, `agent::pump`, `agent::checkpointer` and `agent::closer` do it:
+//! the same cores, the same order, split where something else may come between.
+
+mod closing;
+mod pump;
+
+use std::collections::VecDeque;
+
+use twinwrite::cluster::claim::{EpochState, Phase};
+use twinwrite::cluster::ownership::is_claimed_by_peer;
+use twinwrite::durability::checkpoint::{CheckpointPlanner, CheckpointReason};
+use twinwrite::durability::closing::{Closing, Proven};
+use twinwrite::durability::core::LiveLog;
+use twinwrite::ids::{Epoch, Identity, RingPos, Seq};
+use twinwrite::mirror::core::MirrorCore;
+use twinwrite::mirror::gate::{Gate, OpenTo};
+use twinwrite::record::gap;
+use twinwrite::region::scan::Tail;
+use twinwrite::replay::Sentinel;
+
+use crate::fault::DriverFault;
+use crate::image::Version;
+use crate::kernel::Left;
+use crate::ledger::{CLUSTER, VOLUME, node_id};
+use crate::region::Region;
+use crate::say;
+use crate::wire::Wire;
+use crate::world::{World, name};
+
+/// Posts in flight.
+const WINDOW: usize = 6;
+/// A volume with gaps is covered by a checkpoint no more often than this.
+const GAP_CHECKPOINT_EVERY_US: u64 = 2_000;
+/// Gaps that end the epoch, as in `agent::pump`.
+const ENDING_GAPS: [usize; 7] = [
+    gap::FALLOCATE,
+    gap::REMAP,
+    gap::DIRECT_IO,
+    gap::IOCTL,
+    gap::RING_FULL,
+    gap::WHITEOUT,
+    gap::UNREADABLE,
+];
+
+/// What is to be proven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Proof {
+    epoch: Epoch,
+    seq: Seq,
+    closed: bool,
+}
+
+/// A checkpoint under way.
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    proof: Proof,
+    /// Ring position behind what it is to prove, and what it covers beside.
+    behind: u64,
+    /// What was changed before it wrote back.
+    written_at: Version,
+    stage: u8,
+    /// What was changed before it began.
+    began_at: Version,
+}
+
+/// Bytes being read.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    seq: Seq,
+    inode: Identity,
+    pos: u64,
+    len: u32,
+    fill_offset: u32,
+}
+
+#[derive(Clone, Debug)]
+enum Fill {
+    None,
+    Asked(Wanted),
+    Read(Wanted, Vec<u8>),
+    Ready(Wanted, Vec<u8>),
+    /// Taken by the pump, with the ring position behind every change it may show.
+    Taken(Wanted, Vec<u8>, u64),
+}
+
+/// The machinery of one epoch.
+#[derive(Debug)]
+struct Pump {
+    core: MirrorCore,
+    live: LiveLog,
+    planner: CheckpointPlanner,
+    fill: Fill,
+    lost_at_start: u64,
+    gaps_at_start: [u64; gap::COUNT],
+    gaps_at_checkpoint: [u64; gap::COUNT],
+    gaps_proven: [u64; gap::COUNT],
+    /// Gaps, read before the last records were taken that are older than they.
+    gaps_whole: [u64; gap::COUNT],
+    /// The operations that these are about.
+    noticed: Vec<usize>,
+    /// Those that the checkpoint under way covers.
+    covering: Vec<usize>,
+    begun: bool,
+    checkpoint_failed: bool,
+    gap_in_log: Option<Seq>,
+    gap_checkpoint_us: Option<u64>,
+    unlinked_us: Option<u64>,
+    opened: bool,
+    phase: u8,
+    /// Record and ring position behind it, of what is not mirrored.
+    ends: VecDeque<(Seq, u64)>,
+    /// Everything before this ring position is mirrored.
+    mirrored_to: u64,
+    /// What the fills that were read may show ends here.
+    needs: u64,
+    /// Last mutation before the present turn.
+    turned_at: Version,
+    /// All uncaptured changes up to here are covered by the checkpoint under way, or by a proven one.
+    covers: Version,
+    covered: Version,
+    /// The mirror's boot when the link was first made.
+    mirror_boot: u8,
+    /// The last mutation when `gaps_whole` was read.
+    whole_at: Version,
+}
+
+#[derive(Debug)]
+enum State {
+    Between,
+    Mirroring(Box<Pump>),
+    Closing(Box<Ending>),
+}
+
+/// An epoch that is being closed.
+#[derive(Debug)]
+struct Ending {
+    closing: Closing,
+    /// The checkpoint is to begin once an earlier one has ended.
+    wanted: bool,
+    /// It is under way.
+    proof: Proof,
+}
+
+/// The owner of a mounted volume.
+#[derive(Debug)]
+pub struct Owner {
+    state: State,
+    gate: Gate,
+    last_epoch: Epoch,
+    /// An epoch that is not proven closed.
+    unclosed: Option<Epoch>,
+    resume_until_us: u64,
+    retry_us: u64,
+    running: Option<Running>,
+    /// What was to be proven, the ring position behind it, and whether it was.
+    outcome: Option<(Proof, u64, bool)>,
+    last_mirrored: Seq,
+}
+
+/// Why an epoch ends.
+type Ended = String;
+
+impl Owner {
+    /// The running epoch and how far it is said to be mirrored.
+    pub fn mirrored(&self) -> Option<(Epoch, Seq)> {
+        match &self.state {
+            State::Mirroring(pump) => Some((pump.core.epoch(), pump.core.mirrored_seq())),
+            _ => None,
+        }
+    }
+
+    /// Whether it has a running epoch that is proven.
+    pub fn is_protected(&self) -> bool {
+        matches!(&self.state, State::Mirroring(pump) if pump.opened)
+    }
+}
+
+fn sentinel_of(proof: &Proof) -> Sentinel {
+    Sentinel {
+        cluster: CLUSTER.to_owned(),
+        volume: VOLUME.to_owned(),
+        epoch: proof.epoch,
+        seq: proof.seq,
+        closed: proof.closed,
+        time_ns: 0,
+    }
+}
+
+impl World {
+    /// Captures the mounted volume.
+    pub fn new_owner(&mut self, node: usize) -> Owner {
+        let on_volume = self.disk.sentinel().cloned();
+        let agent = self.machines[node].agent.as_ref();
+        let claim = agent.and_then(|agent| agent.ledger.claim());
+        let told_open = claim.filter(|claim| {
+            let settled = claim.owner == node_id(node) && claim.phase == Phase::Settled;
+            settled && claim.epoch_state == EpochState::Open
+        });
+        let open_on_volume = on_volume.as_ref().filter(|s| !s.closed).map(|s| s.epoch);
+        let open = told_open.map(|claim| claim.epoch).max(open_on_volume);
+        // One that is closed may stand so in the page cache only, and is proven again.
+        let unclosed = open.or(on_volume.as_ref().map(|s| s.epoch));
+        let resume_us = if open.is_some() {
+            self.setting.lag_limit_us
+        } else {
+            0
+        };
+        let mut left = OpenTo::of_word(0);
+        if let Some(kernel) = &mut self.machines[node].kernel {
+            kernel.attached = true;
+            left = kernel.gate;
+        }
+        let mut gate = Gate::left(left);
+        if unclosed.is_none() {
+            gate.open(&Proven::without_sentinel());
+        }
+        let owner = Owner {
+            state: State::Between,
+            gate,
+            last_epoch: on_volume.map_or(Epoch(0), |s| s.epoch),
+            unclosed: unclosed.filter(|epoch| *epoch > Epoch(0)),
+            resume_until_us: self.now_us + resume_us,
+            retry_us: 0,
+            running: None,
+            outcome: None,
+            last_mirrored: Seq(0),
+        };
+        self.tell_gate(node, &owner.gate);
+        owner
+    }
+
+    /// Writes the control word that the programs look at.
+    fn tell_gate(&mut self, node: usize, gate: &Gate) {
+        if let Some(kernel) = &mut self.machines[node].kernel
+            && kernel.gate != gate.open_to()
+        {
+            kernel.gate = gate.open_to();
+            say!(
+                self,
+                "{}: the gates are open to {:?}",
+                name(node),
+                gate.open_to()
+            );
+        }
+    }
+
+    /// Takes the owner out of its agent to work with it.
+    fn with_owner<T>(
+        &mut self,
+        node: usize,
+        work: impl FnOnce(&mut Self, &mut Owner) -> T,
+    ) -> Option<T> {
+        if !self.runs(node) || self.machines[node].kernel.is_none() {
+            return None;
+        }
+        let mut owner = self.machines[node].agent.as_mut()?.keeping.take_owner()?;
+        let result = work(self, &mut owner);
+        if let Some(agent) = &mut self.machines[node].agent {
+            agent.keeping.put_owner(owner);
+        }
+        Some(result)
+    }
+
+    /// A few parts of the owner's loop.
+    pub fn owner_steps(&mut self, node: usize) {
+        let count = 1 + self.dice.below(3);
+        for _ in 0..count {
+            self.with_owner(node, |world, owner| world.owner_step(node, owner));
+        }
+    }
+
+    /// A whole turn.
+    pub fn owner_turn(&mut self, node: usize) {
+        self.with_owner(node, |world, owner| {
+            for _ in 0..8 {
+                world.owner_step(node, owner);
+                if matches!(&owner.state, State::Mirroring(pump) if pump.phase == 0) {
+                    break;
+                }
+            }
+        });
+    }
+
+    fn owner_step(&mut self, node: usize, owner: &mut Owner) {
+        match std::mem::replace(&mut owner.state, State::Between) {
+            State::Between => {
+                if let Some(left) = self.leaving(node) {
+                    say!(self, "{}: leaves the volume: {left}", name(node));
+                    return;
+                }
+                self.begin(node, owner);
+            }
+            State::Mirroring(mut pump) => match self.pump_part(node, owner, &mut pump) {
+                Ok(()) => owner.state = State::Mirroring(pump),
+                Err(ended) => {
+                    let epoch = pump.core.epoch();
+                    owner.last_mirrored = pump.core.mirrored_seq();
+                    owner.unclosed = Some(epoch);
+                    owner.resume_until_us = self.now_us;
+                    owner.gate.hold();
+                    self.machines[node].wire = None;
+                    self.promised = None;
+                    say!(self, "{}: epoch {epoch} ended: {ended}", name(node));
+                }
+            },
+            State::Closing(mut ending) => {
+                if self.leaving(node).is_none() && !self.close_part(node, owner, &mut ending) {
+                    owner.state = State::Closing(ending);
+                }
+            }
+        }
+    }
+
+    /// The peer claims the volume.
+    pub fn leaving(&self, node: usize) -> Option<&'static str> {
+        let agent = self.machines[node].agent.as_ref()?;
+        let own = agent.ledger.claim()?;
+        is_claimed_by_peer(&own, &node_id(node), &agent.ledger.peer_word())
+            .then_some("the peer claims it")
+    }
+
+    fn begin(&mut self, node: usize, owner: &mut Owner) {
+        if self.now_us < owner.retry_us {
+            self.drain(node);
+            return;
+        }
+        if owner.unclosed.is_none() {
+            match self.open_region(node) {
+                Some(opened) => self.begin_new(node, owner, opened),
+                None => {
+                    owner.retry_us = self.now_us + 20_000;
+                    self.drain(node);
+                }
+            }
+            return;
+        }
+        if self.now_us < owner.resume_until_us {
+            match self.open_region(node) {
+                Some(opened) => {
+                    if self.resume(node, owner, opened) {
+                        return;
+                    }
+                    owner.resume_until_us = self.now_us;
+                }
+                None => return,
+            }
+        }
+        self.promised = None;
+        if let Some(epoch) = owner.unclosed {
+            if let Some(kernel) = &mut self.machines[node].kernel {
+                kernel.continuity = None;
+            }
+            owner.gate.hold();
+            if self.has(DriverFault::GatesBeforeSentinel) {
+                owner.gate.open(&Proven::without_sentinel());
+                self.tell_gate(node, &owner.gate);
+            }
+            let proof = Proof {
+                epoch,
+                seq: owner.last_mirrored,
+                closed: !self.has(DriverFault::ClosedSentinelOmitted),
+            };
+            owner.state = State::Closing(Box::new(Ending {
+                closing: Closing::new(epoch, owner.last_mirrored, ""),
+                wanted: false,
+                proof,
+            }));
+        }
+    }
+
+    fn drain(&mut self, node: usize) {
+        let Some(kernel) = &mut self.machines[node].kernel else {
+            return;
+        };
+        while let Some((at, run)) = kernel.ring.peek() {
+            let end = RingPos(at.0 + run.len() as u64);
+            kernel.ring.advance_to(end);
+            kernel.ring.release_to(end);
+        }
+    }
+
+    /// Asks the mirror for the region; the link before is shut out by it.
+    fn open_region(&mut self, node: usize) -> Option<(Epoch, bool, Option<Tail>)> {
+        if !self.can_talk() {
+            return None;
+        }
+        let mirror = 1 - node;
+        let log_bytes = self.setting.log_bytes;
+        let machine = &mut self.machines[mirror];
+        let agent = machine.agent.as_mut()?;
+        let claims = agent
+            .ledger
+            .claim()
+            .is_some_and(|claim| claim.owner == node_id(mirror));
+        if agent.serving || claims || agent.sealed {
+            return None;
+        }
+        let region = machine.region.get_or_insert_with(|| Region::new(log_bytes));
+        self.registration += 1;
+        agent.exposed = Some(self.registration);
+        let opened = region.opened();
+        self.machines[node].wire = Some(Wire::new(self.registration));
+        say!(
+            self,
+            "{}: opens its region: epoch {}, {}",
+            name(node),
+            opened.0,
+            if opened.1 { "open" } else { "not open" }
+        );
+        // The answer may be lost.
+        if self.dice.chance(3) {
+            self.machines[node].wire = None;
+            return None;
+        }
+        Some(opened)
+    }
+
+    fn resume(
+        &mut self,
+        node: usize,
+        owner: &mut Owner,
+        opened: (Epoch, bool, Option<Tail>),
+    ) -> bool {
+        let (epoch, open, tail) = opened;
+        let (Some(kernel), Some(tail)) = (self.machines[node].kernel.as_mut(), tail) else {
+            return false;
+        };
+        let (Some(left), Some(position)) = (kernel.continuity, tail.end.ring_pos_end) else {
+            return false;
+        };
+        let same = open && epoch.0 == left.epoch && owner.unclosed == Some(epoch);
+        let whole = kernel.ring.drops == left.lost;
+        let there = (kernel.ring.consumer()..=kernel.ring.producer()).contains(&position.0);
+        if !(same && whole && there) {
+            return false;
+        }
+        kernel.ring.rewind();
+        kernel.ring.advance_to(position);
+        owner.last_epoch = epoch;
+        owner.gate.resume(RingPos(kernel.ring.producer()));
+        say!(
+            self,
+            "{}: goes on with epoch {epoch} behind record {}",
+            name(node),
+            tail.last_complete_seq()
+        );
+        self.counts.resumed += 1;
+        self.start_pump(node, owner, (&tail, left));
+        true
+    }
+
+    fn begin_new(&mut self, node: usize, owner: &mut Owner, opened: (Epoch, bool, Option<Tail>)) {
+        let claimed = self.machines[node]
+            .agent
+            .as_ref()
+            .and_then(|a| a.ledger.claim())
+            .map_or(Epoch(0), |c| c.epoch);
+        let epoch = owner.last_epoch.max(opened.0).max(claimed).next();
+        let begun = self.can_talk()
+            && self.machines[1 - node]
+                .region
+                .as_mut()
+                .is_some_and(|region| region.begin_epoch(epoch));
+        if !begun {
+            return;
+        }
+        // Whoever passed before this has its mark in what is drained now, and not in the epoch.
+        let producer = self.machines[node]
+            .kernel
+            .as_ref()
+            .map_or(0, |k| k.ring.producer());
+        owner.gate.shut(RingPos(producer));
+        self.tell_gate(node, &owner.gate);
+        self.drain(node);
+        let Some(kernel) = self.machines[node].kernel.as_mut() else {
+            return;
+        };
+        // A record stays half written: the gates must not stay shut for it.
+        if kernel.ring.cursor() != kernel.ring.producer() {
+            owner.unclosed = Some(epoch);
+            owner.last_epoch = epoch;
+            return;
+        }
+        let start = kernel.ring.cursor();
+        kernel.gaps_seen = kernel.gaps;
+        let (lost, gaps) = (kernel.ring.drops, kernel.gaps);
+        let left = Left {
+            epoch: epoch.0,
+            lost,
+            gaps,
+            at: self.version,
+        };
+        kernel.continuity = Some(left);
+        owner.gate.begin(RingPos(start));
+        self.tell_gate(node, &owner.gate);
+        owner.last_epoch = epoch;
+        self.counts.epochs += 1;
+        say!(
+            self,
+            "{}: epoch {epoch} begins at ring position {start}",
+            name(node)
+        );
+        let tail = Tail::of_epoch(epoch, self.setting.log_bytes, RingPos(start));
+        self.start_pump(node, owner, (&tail, left));
+    }
+
+    fn start_pump(&mut self, node: usize, owner: &mut Owner, (tail, left): (&Tail, Left)) {
+        let core = match MirrorCore::with_small_log(tail, WINDOW, self.now_us) {
+            Ok(core) => core,
+            Err(error) => {
+                say!(
+                    self,
+                    "{}: the region's end is not believed: {error}",
+                    name(node)
+                );
+                return;
+            }
+        };
+        let mut planner = CheckpointPlanner::new(self.setting.checkpoint_age_us);
+        planner.want(CheckpointReason::Requested);
+        let mirrored_to = tail.end.ring_pos_end.map_or(0, |at| at.0);
+        owner.unclosed = Some(tail.epoch);
+        owner.state = State::Mirroring(Box::new(Pump {
+            live: LiveLog::new(tail.head.seq, tail.end.next_seq),
+            core,
+            planner,
+            fill: Fill::None,
+            lost_at_start: left.lost,
+            gaps_at_start: left.gaps,
+            gaps_at_checkpoint: left.gaps,
+            gaps_proven: left.gaps,
+            gaps_whole: left.gaps,
+            noticed: Vec::new(),
+            covering: Vec::new(),
+            begun: self.has(DriverFault::ProtectedTooEarly),
+            checkpoint_failed: false,
+            gap_in_log: None,
+            gap_checkpoint_us: None,
+            unlinked_us: None,
+            opened: false,
+            phase: 0,
+            ends: VecDeque::new(),
+            mirrored_to: if tail.pending_fill.is_some() {
+                0
+            } else {
+                mirrored_to
+            },
+            needs: 0,
+            turned_at: self.version,
+            covers: 0,
+            covered: left.at,
+            mirror_boot: self.machines[1 - node].boot,
+            whole_at: left.at,
+        }));
+    }
+
+    /// Changes this node's claim and publishes it.
+    pub fn update_claim(
+        &mut self,
+        node: usize,
+        change: impl FnOnce(&mut twinwrite::cluster::claim::VolumeClaim),
+    ) -> bool {
+        let machine = &mut self.machines[node];
+        let Some(agent) = &mut machine.agent else {
+            return false;
+        };
+        let Some(mut claim) = agent.ledger.claim() else {
+            return true;
+        };
+        change(&mut claim);
+        let given = agent
+            .ledger
+            .publish(&claim, &mut self.mailbox, &mut machine.table)
+            .is_ok();
+        say!(
+            self,
+            "{}: says {:?} {:?} epoch {} {:?}, version {}{}",
+            name(node),
+            claim.owner.0,
+            claim.phase,
+            claim.epoch,
+            claim.epoch_state,
+            claim.table_version,
+            if given { "" } else { " (not given)" }
+        );
+        given
+    }
+}
