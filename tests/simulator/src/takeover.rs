@@ -16,7 +16,7 @@ use twinwrite::ids::{Epoch, Seq};
 use twinwrite::region::layout::{region_state, unpadded};
 use twinwrite::region::scan::Scan;
 use twinwrite::replay::apply::{apply_to, tidy_on};
-use twinwrite::replay::{Fill, LogItem, RegionClaim, ReplayInput, Sentinel, plan};
+use twinwrite::replay::{LogItem, RegionClaim, ReplayInput, Sentinel, plan};
 use twinwrite::status::PeerState;
 
 use crate::fault::DriverFault;
@@ -339,29 +339,7 @@ impl Driver<'_> {
         };
         let scan = saved.scan()?;
         let log = saved.log();
-        let items = scan
-            .records(log)
-            .take_while(|record| record.seq <= scan.cut)
-            .map(|record| LogItem {
-                seq: record.seq,
-                ring_pos: record.ring_pos,
-                record: record.view,
-                fill: record.view.needs_fill().then(|| Fill {
-                    pieces: record
-                        .payload()
-                        .filter_map(|part| {
-                            let start = part.log_offset as usize;
-                            Some((part.data_offset, log.get(start..start + part.len as usize)?))
-                        })
-                        .collect(),
-                    gone: record
-                        .fill
-                        .iter()
-                        .map(|fill| u64::from(fill.len))
-                        .sum::<u64>()
-                        < u64::from(record.view.header.data_len),
-                }),
-            });
+        let items = LogItem::up_to_the_cut(&scan, log);
         let planned = match plan(ReplayInput {
             epoch: self.memory.held,
             after,

@@ -16,8 +16,8 @@ use crate::ids::{Epoch, Seq};
 use crate::region::layout::{RegionHeader, region_state, unpadded};
 use crate::region::scan::{self, Scan, ScanError};
 use crate::replay::{
-    self, Fill, LogItem, Outcome, Plan, Progress, RegionClaim, ReplayError, ReplayInput,
-    SentinelFile, Verdict, judge, sentinel,
+    self, LogItem, Outcome, Plan, Progress, RegionClaim, ReplayError, ReplayInput, SentinelFile,
+    Verdict, judge, sentinel,
 };
 
 /// Why a saved region cannot be merged.
@@ -121,32 +121,7 @@ impl SavedRegion {
     /// [`MergeError::Replay`] when the log contradicts itself.
     pub fn plan(&self, after: Seq) -> Result<Plan<'_>, MergeError> {
         let (_, _, log) = scan::split(&self.bytes)?;
-        let items = self
-            .scan
-            .records(log)
-            .take_while(|record| record.seq <= self.scan.cut)
-            .map(|record| LogItem {
-                seq: record.seq,
-                ring_pos: record.ring_pos,
-                record: record.view,
-                fill: record.view.needs_fill().then(|| Fill {
-                    pieces: record
-                        .payload()
-                        .filter_map(|part| {
-                            let start = usize::try_from(part.log_offset).ok()?;
-                            let bytes = log.get(start..start.checked_add(part.len as usize)?)?;
-                            Some((part.data_offset, bytes))
-                        })
-                        .collect(),
-                    // A complete fill with fewer bytes than the record: the file no longer had them.
-                    gone: record
-                        .fill
-                        .iter()
-                        .map(|fill| u64::from(fill.len))
-                        .sum::<u64>()
-                        < u64::from(record.view.header.data_len),
-                }),
-            });
+        let items = LogItem::up_to_the_cut(&self.scan, log);
         let epoch = Epoch(self.header.epoch);
         Ok(replay::plan(ReplayInput {
             epoch,

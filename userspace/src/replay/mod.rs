@@ -43,6 +43,7 @@ pub use sentinel::{Sentinel, SentinelError, SentinelFile};
 
 use crate::ids::{Epoch, RingPos, Seq};
 use crate::record::RecordView;
+use crate::region::scan::{Scan, ScannedRecord};
 use volume::{Volume, VolumeError};
 
 /// The bytes of a record that came without them.
@@ -65,6 +66,42 @@ pub struct LogItem<'a> {
     pub record: RecordView<'a>,
     /// Its bytes, if it came without them.
     pub fill: Option<Fill<'a>>,
+}
+
+impl<'a> LogItem<'a> {
+    /// A record that the scan found, with what of its fill lies in `log`.
+    fn of(record: &ScannedRecord<'a>, log: &'a [u8]) -> Self {
+        let fill = record.view.needs_fill().then(|| Fill {
+            pieces: record
+                .payload()
+                .filter_map(|part| {
+                    let start = usize::try_from(part.log_offset).ok()?;
+                    let bytes = log.get(start..start.checked_add(part.len as usize)?)?;
+                    Some((part.data_offset, bytes))
+                })
+                .collect(),
+            // A complete fill with fewer bytes than the record: the file no longer had them.
+            gone: record
+                .fill
+                .iter()
+                .map(|fill| u64::from(fill.len))
+                .sum::<u64>()
+                < u64::from(record.view.header.data_len),
+        });
+        Self {
+            seq: record.seq,
+            ring_pos: record.ring_pos,
+            record: record.view,
+            fill,
+        }
+    }
+
+    /// The records of a region from its head to the cut, in order.
+    pub fn up_to_the_cut(scan: &'a Scan, log: &'a [u8]) -> impl Iterator<Item = Self> {
+        scan.records(log)
+            .take_while(|record| record.seq <= scan.cut)
+            .map(move |record| Self::of(&record, log))
+    }
 }
 
 /// What [`plan()`] needs.
