@@ -31,16 +31,6 @@ use crate::world::{World, name};
 const WINDOW: usize = 6;
 /// A volume with gaps is covered by a checkpoint no more often than this.
 const GAP_CHECKPOINT_EVERY_US: u64 = 2_000;
-/// Gaps that end the epoch, as in `agent::pump`.
-const ENDING_GAPS: [usize; 7] = [
-    gap::FALLOCATE,
-    gap::REMAP,
-    gap::DIRECT_IO,
-    gap::IOCTL,
-    gap::RING_FULL,
-    gap::WHITEOUT,
-    gap::UNREADABLE,
-];
 
 /// What is to be proven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use super::clock::Clock;
 use super::filler::{Filler, Wanted};
 use crate::board::VolumeBoard;
 use crate::capture::{CaptureError, Control, GapCounts, RingConsumer, Woken};
-use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason};
+use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason, ENDING_GAPS};
 use crate::durability::core::{LiveError, LiveLog};
 use crate::ids::{RingPos, Seq};
 use crate::link::{Body, Link, LinkError, Post, PostId, WINDOW_POSTS};
@@ -34,18 +34,6 @@ const GAP_CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
 const REFRESH: Duration = Duration::from_millis(50);
 /// How often is looked for bytes that are being read.
 const FILL_LOOK: Duration = Duration::from_millis(1);
-/// Gaps after which older records of the log could be laid over newer bytes or names: they end the
-/// epoch. The others (stores through mappings, attributes) are covered by a checkpoint within it,
-/// because what confirms them is captured as a mark and clips the older records.
-const ENDING_GAPS: [usize; 7] = [
-    gap::FALLOCATE,
-    gap::REMAP,
-    gap::DIRECT_IO,
-    gap::IOCTL,
-    gap::RING_FULL,
-    gap::WHITEOUT,
-    gap::UNREADABLE,
-];
 
 /// Why an epoch cannot go on.
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,21 @@ mod tests;
 
 use serde::Serialize;
 
+use crate::record::gap;
+
+/// Gaps after which older records of the log could be laid over newer bytes or names: they end the
+/// epoch. The others (stores through mappings, attributes) are covered by a checkpoint within it,
+/// because what confirms them is captured as a mark and clips the older records.
+pub const ENDING_GAPS: [usize; 7] = [
+    gap::FALLOCATE,
+    gap::REMAP,
+    gap::DIRECT_IO,
+    gap::IOCTL,
+    gap::RING_FULL,
+    gap::WHITEOUT,
+    gap::UNREADABLE,
+];
+
 /// Wait before the first retry.
 const RETRY_MIN_US: u64 = 100_000;
 /// Longest wait before a retry.

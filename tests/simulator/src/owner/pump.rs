@@ -1,15 +1,13 @@
 //! The pump of one epoch, as `agent::pump` turns it, part by part.
 
 use twinwrite::cluster::claim::EpochState;
-use twinwrite::durability::checkpoint::CheckpointReason;
+use twinwrite::durability::checkpoint::{CheckpointReason, ENDING_GAPS};
 use twinwrite::ids::RingPos;
 use twinwrite::mirror::core::{Action, PostBody};
 use twinwrite::record::{RecordMeta, Records, gap};
 use twinwrite::status::PeerState;
 
-use super::{
-    ENDING_GAPS, Ended, Fill, GAP_CHECKPOINT_EVERY_US, Owner, Proof, Pump, Running, State, Wanted,
-};
+use super::{Ended, Fill, GAP_CHECKPOINT_EVERY_US, Owner, Proof, Pump, Running, State, Wanted};
 use crate::fault::DriverFault;
 use crate::kernel::Kernel;
 use crate::say;
