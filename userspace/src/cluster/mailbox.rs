@@ -1,13 +1,16 @@
 //! The mailbox: a small shared block device through which a node is heard when the link is not.
 //!
-//! Each node owns the 4096-byte slot of its index and writes nothing else; a reader takes all slots
-//! in one read. Direct and synchronous, so that what was written is on the device and what is read
-//! comes from it. A slot that is torn, foreign or damaged is an error of that slot, never a panic.
+//! Each node owns a slot of two 4096-byte copies, written in turn, and writes nothing else: a power cut
+//! in the middle of a write leaves the word before it. Of `n` nodes, copy `c` of node `i` is page
+//! `c * n + i`; a reader takes all of them in one read. Direct and synchronous, so that what was written
+//! is on the device and what is read comes from it. A slot that is torn, foreign or damaged is an error
+//! of that slot, never a panic.
 //! This module must never write over anything that is neither blank nor a mailbox of this cluster.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
@@ -20,12 +23,17 @@ mod slot;
 #[cfg(test)]
 mod tests;
 
+use slot::newest_of;
 pub use slot::{
-    AgentState, MailboxSlot, NodeReport, RESTART_LIMIT, SlotError, VolumeEntry, told_of, words_of,
+    AgentState, MailboxSlot, NodeReport, RESTART_LIMIT, SlotCopies, SlotError, VolumeEntry, newest,
+    told_of, words_of,
 };
 
-/// Bytes of a slot on the device; also the alignment of direct I/O.
-pub const SLOT_BYTES: u64 = 4096;
+/// Bytes of a copy of a slot on the device; also the alignment of direct I/O.
+pub const COPY_BYTES: u64 = 4096;
+
+/// Copies of a slot.
+pub const COPIES: usize = 2;
 
 /// Why the mailbox cannot be used.
 #[derive(Debug, Error)]
@@ -87,7 +95,7 @@ pub enum MailboxError {
     Report(String),
 }
 
-/// One slot's worth of memory, aligned for direct I/O.
+/// One copy's worth of memory, aligned for direct I/O.
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C, align(4096))]
 struct Page([u8; 4096]);
@@ -100,6 +108,8 @@ pub struct Mailbox {
     cluster: String,
     nodes: Vec<NodeId>,
     own: usize,
+    /// The copy to be written next: never the one that holds this node's last whole word.
+    next_copy: AtomicUsize,
 }
 
 impl Mailbox {
@@ -123,35 +133,42 @@ impl Mailbox {
                     "`{this_node}` is none of the nodes of the configuration"
                 ))
             })?;
-        let mailbox = Self {
+        let mut mailbox = Self {
             device: device.to_owned(),
             file: open_direct(device)?,
             cluster: cluster.to_owned(),
             nodes: nodes.to_vec(),
             own,
+            next_copy: AtomicUsize::new(0),
         };
         mailbox.check_size()?;
-        for (index, slot) in mailbox.read()?.into_iter().enumerate() {
-            match slot {
-                Err(source) if !source.may_be_overwritten() => {
-                    return Err(MailboxError::Foreign {
-                        device: mailbox.device,
-                        index,
-                        source,
-                    });
-                }
-                _ => {}
+        let copies = mailbox.read_copies()?;
+        for (index, slot) in copies.iter().enumerate() {
+            let mut errors = slot.iter().filter_map(|copy| copy.as_ref().err());
+            if let Some(source) = errors.find(|error| !error.may_be_overwritten()) {
+                return Err(MailboxError::Foreign {
+                    device: mailbox.device,
+                    index,
+                    source: source.clone(),
+                });
             }
         }
+        let newest = copies.get(own).and_then(newest_of);
+        mailbox.next_copy = newest.map_or(0, |copy| (copy + 1) % COPIES).into();
         Ok(mailbox)
     }
 
-    /// Every node's slot, in the order of the nodes, by one read.
+    /// Every node's slot, in the order of the nodes, by one read: the last word that was written whole.
     ///
     /// # Errors
     /// If the device cannot be read; damage in a slot is that slot's error.
     pub fn read(&self) -> Result<Vec<Result<NodeReport, SlotError>>, MailboxError> {
-        let mut pages = vec![Page::new_zeroed(); self.nodes.len()];
+        Ok(self.read_copies()?.into_iter().map(newest).collect())
+    }
+
+    /// Every node's copies, in the order of the nodes.
+    fn read_copies(&self) -> Result<Vec<SlotCopies>, MailboxError> {
+        let mut pages = vec![Page::new_zeroed(); COPIES * self.nodes.len()];
         let bytes = pages.as_mut_slice().as_mut_bytes();
         let wanted = bytes.len();
         let got = self
@@ -161,8 +178,12 @@ impl Mailbox {
         if got != wanted {
             return Err(self.io("read", std::io::ErrorKind::UnexpectedEof.into()));
         }
-        let open = |(page, node): (&Page, &NodeId)| NodeReport::open(&page.0, &self.cluster, node);
-        Ok(pages.iter().zip(&self.nodes).map(open).collect())
+        let (first, second) = pages.split_at(self.nodes.len());
+        let open = |page: &Page, node| NodeReport::open(&page.0, &self.cluster, node);
+        let slots = first.iter().zip(second).zip(&self.nodes);
+        Ok(slots
+            .map(|((first, second), node)| [open(first, node), open(second, node)])
+            .collect())
     }
 
     /// Writes this node's slot; when it returns, the device has it.
@@ -180,7 +201,8 @@ impl Mailbox {
         let mut page = Page::new_zeroed();
         slot.write_to_prefix(&mut page.0)
             .map_err(|_| MailboxError::Report("the slot is larger than its page".to_owned()))?;
-        let offset = SLOT_BYTES * self.own as u64;
+        let copy = self.next_copy.load(Ordering::Relaxed);
+        let offset = COPY_BYTES * (copy * self.nodes.len() + self.own) as u64;
         let put = self
             .file
             .write_at(&page.0, offset)
@@ -188,6 +210,8 @@ impl Mailbox {
         if put != page.0.len() {
             return Err(self.io("write", std::io::ErrorKind::WriteZero.into()));
         }
+        // After a failure the same copy again: the other one is the last whole word.
+        self.next_copy.store((copy + 1) % COPIES, Ordering::Relaxed);
         Ok(())
     }
 
@@ -199,7 +223,7 @@ impl Mailbox {
 
     fn check_size(&self) -> Result<(), MailboxError> {
         use std::io::{Seek, SeekFrom};
-        let needed = SLOT_BYTES * self.nodes.len() as u64;
+        let needed = COPY_BYTES * (COPIES * self.nodes.len()) as u64;
         let bytes = (&self.file)
             .seek(SeekFrom::End(0))
             .map_err(|source| self.io("size", source))?;

@@ -1,4 +1,4 @@
-//! The bytes of a mailbox slot.
+//! The bytes of a mailbox slot, and which of its copies counts.
 //!
 //! ```text
 //! 0 magic [8] | 8 version u32 | 12 state u32 | 16 cluster [64] | 80 node [64]
@@ -8,8 +8,7 @@
 //! 952 volume_io_ms u32 | 956 zero [64] | 1020 crc32c u32    the rest of the 4096 bytes is zero
 //! ```
 //!
-//! `restart_ms` and `volume_io_ms` were zero in the first form of version 1, and mean "nothing told" then; a
-//! reader of that form ignores them.
+//! Zero in `restart_ms` or `volume_io_ms` means "nothing told". Version 1 had one copy of each slot.
 //!
 //! All integers are little-endian. The checksum is over everything before it, so that a write torn
 //! between two sectors of the device is told from a slot. Nothing here may trust a byte before it.
@@ -27,7 +26,7 @@ use crate::ids::{Epoch, NodeId, Seq};
 use crate::region::layout::Sealed;
 
 const MAGIC: [u8; 8] = *b"TWMAILBX";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const FLAG_CLAIMING: u32 = 1;
 const FLAG_MERGING: u32 = 2;
 const FLAG_UNMERGED: u32 = 4;
@@ -140,6 +139,31 @@ impl SlotError {
     pub fn may_be_overwritten(&self) -> bool {
         matches!(self, Self::Blank | Self::Torn | Self::Malformed(_))
     }
+}
+
+/// The copies of a slot, as they were read.
+pub type SlotCopies = [Result<NodeReport, SlotError>; super::COPIES];
+
+/// Which copy holds the last word that was written whole.
+pub(super) fn newest_of(copies: &SlotCopies) -> Option<usize> {
+    let whole = copies.iter().enumerate();
+    whole
+        .filter_map(|(index, copy)| Some((index, copy.as_ref().ok()?.counter)))
+        .max_by_key(|(_, counter)| *counter)
+        .map(|(index, _)| index)
+}
+
+/// What a slot says: its last whole word, since nobody acted upon one whose write had not ended.
+///
+/// # Errors
+/// If there is none: blank only if nothing was ever written, else the damage.
+pub fn newest(copies: SlotCopies) -> Result<NodeReport, SlotError> {
+    let newest = newest_of(&copies);
+    let damaged = |copy: &Result<_, _>| !matches!(copy, Err(SlotError::Blank));
+    let index = newest.or_else(|| copies.iter().position(damaged));
+    let mut copies = copies.into_iter();
+    let copy = copies.nth(index.unwrap_or(0));
+    copy.unwrap_or(Err(SlotError::Blank))
 }
 
 /// What an agent is doing, for its peer and for people.
