@@ -23,6 +23,8 @@ pub enum Fault {
     EntryPositionIgnored,
     /// An inode without a name is purged by its own fsync, and clipped.
     UnlinkedPurged,
+    /// A mark behind a failed write-back purges and clips.
+    TaintIgnored,
     /// A checkpoint purges one record more than it proved.
     CheckpointPurgesOneMore,
     /// The scan takes filled bytes whenever they were read.
@@ -68,6 +70,7 @@ impl Fault {
         Self::DatasyncPurgesAttributes,
         Self::EntryPositionIgnored,
         Self::UnlinkedPurged,
+        Self::TaintIgnored,
         Self::CheckpointPurgesOneMore,
         Self::SafeAtIgnored,
         Self::PublishedIgnored,

@@ -74,6 +74,9 @@ pub mod flag {
     pub const UNLINKED: u8 = 1 << 2;
     /// LINK: first name of an `O_TMPFILE` inode.
     pub const FROM_TMPFILE: u8 = 1 << 3;
+    /// FSYNC: an earlier write-back of the inode failed, and its pages are clean all the same: the
+    /// call's success proves nothing.
+    pub const TAINTED: u8 = 1 << 4;
 }
 
 /// Why a change could not be captured (`arg` of a GAP record, index of the gap counters).

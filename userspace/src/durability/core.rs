@@ -12,7 +12,7 @@
 //! | an inode without a name (`O_TMPFILE`) | none |
 //!
 //! A mark counts for records before the ring position at its call's entry, and not at all for an inode
-//! without links. Every WRITE also sets the mtime, so none is covered before a full mark without the
+//! without links or one whose write-back failed before. Every WRITE also sets the mtime, so none is covered before a full mark without the
 //! datasync flag, and such a mark proves its bytes and size too: one position for each inode says it
 //! all. Marks over a part, and fdatasync, matter to the replay, which clips by them, and purge nothing.
 //!
@@ -203,12 +203,15 @@ impl LiveLog {
         before: RingPos,
     ) {
         let full = first_byte == 0 && last_byte >= FULL_RANGE_END;
-        let mut without = flag::DATASYNC | flag::UNLINKED;
+        let mut without = flag::DATASYNC | flag::UNLINKED | flag::TAINTED;
         if injected(Fault::DatasyncPurgesAttributes) {
             without &= !flag::DATASYNC;
         }
         if injected(Fault::UnlinkedPurged) {
             without &= !flag::UNLINKED;
+        }
+        if injected(Fault::TaintIgnored) {
+            without &= !flag::TAINTED;
         }
         if !full && !injected(Fault::RangePurgesInode) || flags & without != 0 {
             return;

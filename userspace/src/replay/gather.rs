@@ -310,7 +310,11 @@ impl<'a> Gather<'a> {
     fn mark(&mut self, item: &LogItem<'a>) {
         let header = item.record.header;
         let unlinked = header.flags & flag::UNLINKED != 0;
+        let tainted = header.flags & flag::TAINTED != 0;
         if unlinked && !injected(Fault::UnlinkedPurged) || injected(Fault::ClipOmitted) {
+            return;
+        }
+        if tainted && !injected(Fault::TaintIgnored) {
             return;
         }
         let Some(inode) = self.plan.inodes.get_mut(&item.record.identity()) else {

@@ -68,6 +68,7 @@ fn weaker_marks_purge_nothing() {
         ((0, 9), 0),
         (FULL, flag::DATASYNC),
         (FULL, flag::UNLINKED),
+        (FULL, flag::TAINTED),
         ((1, FULL.1), 0),
         ((0, 9), flag::DATASYNC),
     ] {

@@ -17,4 +17,5 @@ mod oracle;
 mod projects;
 mod real;
 mod stopping;
+mod tainted;
 mod world;
