@@ -29,6 +29,8 @@ pub enum DriverFault {
     GateIgnoresFills,
     /// A node that rebooted with its epoch open serves at once.
     UnmergedServes,
+    /// A node that mounts the volume serves before a closed sentinel is proven.
+    ServedUnproven,
     /// A checkpoint covers gaps that are newer than records behind its S.
     GapsReadLate,
     /// Changes that are not captured do not weaken what is shown.
@@ -58,6 +60,7 @@ impl DriverFault {
         Self::GatesBeforeSentinel,
         Self::GateIgnoresFills,
         Self::UnmergedServes,
+        Self::ServedUnproven,
         Self::GapsReadLate,
         Self::GapsIgnored,
         Self::GapsDoNotClose,

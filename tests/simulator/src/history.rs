@@ -221,7 +221,24 @@ impl History {
             captured.is_some_and(|at| at < before)
                 || noticed.binary_search(&entry.operation).is_ok()
         };
-        for track in self.tracks.values_mut() {
+        // What has no name then is gone after a crash, whatever was synced.
+        let shown = Shown::of(&self.base);
+        let named: BTreeSet<Identity> = self
+            .tracks
+            .keys()
+            .map(Register::inode)
+            .filter(|inode| {
+                let exists = Register::Exists(*inode);
+                let track = self.tracks.get(&exists);
+                let last = track.and_then(|t| t.entries.iter().rfind(|e| is_settled(e)));
+                last.map_or(shown.get(&exists).0, |entry| entry.value) == 1
+            })
+            .collect();
+        for (register, track) in &mut self.tracks {
+            let is_exists = matches!(register, Register::Exists(_));
+            if !is_exists && !named.contains(&register.inode()) {
+                continue;
+            }
             let settled = track
                 .entries
                 .iter()

@@ -43,8 +43,11 @@ pub enum Keeping {
     Mirroring,
     /// Takes it over.
     TakingOver(Box<Progressing>),
-    /// Mounts it.
-    Mounting,
+    /// Mounts it; a takeover has proven that no region can be merged into it any more.
+    Mounting {
+        /// It has.
+        proven: bool,
+    },
     /// Serves it. The owner is taken out while something works with it.
     Owning(Option<Box<Owner>>),
 }
@@ -179,7 +182,7 @@ impl World {
             Keeping::Deciding => self.decide(node),
             Keeping::Mirroring => self.mirror(node),
             Keeping::TakingOver(progressing) => self.take_over(node, progressing),
-            Keeping::Mounting => self.serve(node),
+            Keeping::Mounting { proven } => self.serve(node, proven),
             Keeping::Owning(owner) => {
                 if self.leaving(node).is_some() {
                     self.leave(node)
@@ -221,6 +224,10 @@ impl World {
             own: &own,
             peer_slot: &peer_slot,
             peer_live: peer_live.as_ref(),
+            captured: self.machines[node]
+                .kernel
+                .as_ref()
+                .is_some_and(|k| k.attached),
         };
         let decision = decide(&facts);
         let word = first_word(&facts, decision);
@@ -240,7 +247,7 @@ impl World {
             }
         }
         match decision {
-            Decision::Serve(_) => Keeping::Mounting,
+            Decision::Serve(_) => Keeping::Mounting { proven: false },
             Decision::Mirror | Decision::TakenOver => {
                 if let Some(agent) = &mut self.machines[node].agent {
                     agent.sealed = false;
@@ -258,7 +265,9 @@ impl World {
                 };
                 self.begin_takeover(node, begin)
             }
-            Decision::WaitForMerge if self.has(DriverFault::UnmergedServes) => Keeping::Mounting,
+            Decision::WaitForMerge if self.has(DriverFault::UnmergedServes) => {
+                Keeping::Mounting { proven: false }
+            }
             Decision::WaitForMerge | Decision::Suspended(_) => {
                 if confirmed {
                     return self.begin_takeover(node, Begin::Confirmed);
@@ -322,30 +331,44 @@ impl World {
         Keeping::TakingOver(Box::new(Progressing::new(takeover, rebooted)))
     }
 
-    fn serve(&mut self, node: usize) -> Keeping {
+    fn serve(&mut self, node: usize, proven: bool) -> Keeping {
         if self.leaving(node).is_some() {
             return self.leave(node);
         }
         if self.machines[node].kernel.is_none() {
             self.mount(node);
-            self.check_unmerged(node);
         }
-        if self.violation.is_some() {
-            return Keeping::Mounting;
+        let kernel = self.machines[node].kernel.as_ref();
+        let held = kernel.is_some_and(|kernel| kernel.attached);
+        if !proven
+            && !held
+            && !self.has(DriverFault::ServedUnproven)
+            && let Some(owner) = self.unproven_owner(node)
+        {
+            return Keeping::Owning(Some(Box::new(owner)));
         }
-        if let Some(agent) = &mut self.machines[node].agent {
-            agent.serving = true;
-        }
-        if let Some(kernel) = &mut self.machines[node].kernel {
-            kernel.served = true;
-        }
-        let owner = self.new_owner(node);
+        let owner = self.serving_owner(node);
         Keeping::Owning(Some(Box::new(owner)))
     }
 
-    /// Somebody serves the volume as the disk has it, without a merge.
-    fn check_unmerged(&mut self, node: usize) {
-        let image = self.at_rest.clone();
+    /// From here on anybody may use the volume.
+    pub fn serving_owner(&mut self, node: usize) -> Owner {
+        if let Some(agent) = &mut self.machines[node].agent {
+            agent.serving = true;
+        }
+        let kernel = self.machines[node].kernel.as_mut();
+        if kernel.is_some_and(|kernel| !std::mem::replace(&mut kernel.served, true)) {
+            self.check_served(node);
+        }
+        self.new_owner(node)
+    }
+
+    /// Somebody serves the volume as it is mounted, without a merge since the oracle had its say.
+    fn check_served(&mut self, node: usize) {
+        let Some(kernel) = &self.machines[node].kernel else {
+            return;
+        };
+        let image = kernel.live.clone();
         if self.half_merged {
             self.violate(
                 "4, replay is restartable",
@@ -372,7 +395,12 @@ impl World {
     /// The memory that held what was promised is gone: two failures, which nobody promised to survive.
     pub fn has_lost(&self, promised: &Shown) -> bool {
         let mirror = &self.machines[1 - promised.node];
-        mirror.boot != promised.mirror_boot || !mirror.up && mirror.saved.is_none()
+        let saved = mirror
+            .saved
+            .as_ref()
+            .and_then(crate::region::Region::header);
+        let is_saved = saved.is_some_and(|header| header.epoch == promised.epoch);
+        (mirror.boot != promised.mirror_boot || !mirror.up) && !is_saved
     }
 
     fn leave(&mut self, node: usize) -> Keeping {

@@ -301,8 +301,12 @@ impl Kernel {
                 (Some(inode), Some((first, end)), true, range)
             }
         };
-        let unlinked = inode.is_some_and(|i| self.live.inodes.get(&i).is_none_or(|n| n.links == 0));
-        let promise = if unlinked {
+        // What has no name is gone after a crash; and fdatasync need not make a later name durable.
+        let nameless = |inode: Identity| {
+            let node = self.live.inodes.get(&inode);
+            node.is_none_or(|n| n.links == 0 || datasync && n.born > n.size_at)
+        };
+        let promise = if inode.is_some_and(nameless) {
             Promise::new()
         } else {
             under.history.promise(scope)

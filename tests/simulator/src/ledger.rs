@@ -140,6 +140,7 @@ impl Ledger {
             own: &own,
             peer_slot: &peer_slot,
             peer_live: None,
+            captured: false,
         };
         if let Some(claim) = first_word(&facts, Decision::Suspended(Doubt::PeerUnreadable)) {
             self.table = Some(claim.clone());

@@ -36,6 +36,9 @@ struct Arguments {
     /// Threads, each with runs of its own.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Go on behind violations, and count them by what they break.
+    #[arg(long)]
+    go_on: bool,
     /// Print the trace of a single run even if nothing is wrong.
     #[arg(long)]
     trace: bool,
@@ -64,6 +67,9 @@ fn main() -> ExitCode {
     };
     if arguments.faults {
         return all_faults(&arguments);
+    }
+    if arguments.go_on {
+        return census(&arguments, fault);
     }
     let began = Instant::now();
     let (found, counts) = search(&arguments, fault, arguments.seed, arguments.seeds);
@@ -123,6 +129,40 @@ fn search(
     let least = least.into_inner();
     let counts = counts.into_inner().unwrap_or_default();
     ((least != u64::MAX).then_some(least), counts)
+}
+
+/// All violations of these seeds, one line each.
+fn census(arguments: &Arguments, fault: Option<Fault>) -> ExitCode {
+    let next = AtomicU64::new(arguments.seed);
+    let end = arguments.seed + arguments.seeds;
+    let found = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..arguments.threads.max(1) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end {
+                        break;
+                    }
+                    let outcome = Plan::of_seed(seed, arguments.steps).run(fault, false);
+                    if let Some((step, violation)) = outcome.violation {
+                        found.fetch_add(1, Ordering::Relaxed);
+                        println!(
+                            "seed {seed}, step {step}: {}: {}",
+                            violation.guarantee, violation.what
+                        );
+                    }
+                }
+            });
+        }
+    });
+    let found = found.into_inner();
+    println!("{found} of {} runs with a violation", arguments.seeds);
+    if found == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Prints what a seed shows, in full and made smaller.

@@ -117,6 +117,8 @@ struct Pump {
 #[derive(Debug)]
 enum State {
     Between,
+    /// Mounted, and nobody may use it before the closed sentinel is proven.
+    Proving(Box<Ending>),
     Mirroring(Box<Pump>),
     Closing(Box<Ending>),
 }
@@ -129,6 +131,20 @@ struct Ending {
     wanted: bool,
     /// It is under way.
     proof: Proof,
+}
+
+impl Ending {
+    fn of(epoch: Epoch, last_mirrored: Seq, closed: bool) -> Self {
+        Self {
+            closing: Closing::new(epoch, last_mirrored, ""),
+            wanted: false,
+            proof: Proof {
+                epoch,
+                seq: last_mirrored,
+                closed,
+            },
+        }
+    }
 }
 
 /// The owner of a mounted volume.
@@ -177,44 +193,67 @@ fn sentinel_of(proof: &Proof) -> Sentinel {
 }
 
 impl World {
-    /// Captures the mounted volume.
-    pub fn new_owner(&mut self, node: usize) -> Owner {
-        let on_volume = self.disk.sentinel().cloned();
+    /// What is not proven closed, and whether somebody says that it is open.
+    fn left_unclosed(&self, node: usize) -> (Option<Epoch>, bool) {
+        let on_volume = self.disk.sentinel();
         let agent = self.machines[node].agent.as_ref();
         let claim = agent.and_then(|agent| agent.ledger.claim());
         let told_open = claim.filter(|claim| {
             let settled = claim.owner == node_id(node) && claim.phase == Phase::Settled;
             settled && claim.epoch_state == EpochState::Open
         });
-        let open_on_volume = on_volume.as_ref().filter(|s| !s.closed).map(|s| s.epoch);
+        let open_on_volume = on_volume.filter(|s| !s.closed).map(|s| s.epoch);
         let open = told_open.map(|claim| claim.epoch).max(open_on_volume);
         // One that is closed may stand so in the page cache only, and is proven again.
-        let unclosed = open.or(on_volume.as_ref().map(|s| s.epoch));
-        let resume_us = if open.is_some() {
-            self.setting.lag_limit_us
-        } else {
-            0
-        };
+        let unclosed = open.or(on_volume.map(|s| s.epoch));
+        (unclosed.filter(|epoch| *epoch > Epoch(0)), open.is_some())
+    }
+
+    fn fresh_owner(&self, gate: Gate, unclosed: Option<Epoch>) -> Owner {
+        Owner {
+            state: State::Between,
+            gate,
+            last_epoch: self.disk.sentinel().map_or(Epoch(0), |s| s.epoch),
+            unclosed,
+            resume_until_us: self.now_us,
+            retry_us: 0,
+            running: None,
+            outcome: None,
+            last_mirrored: Seq(0),
+        }
+    }
+
+    /// An owner that only proves that no region can be merged any more, if that is to be proven.
+    pub fn unproven_owner(&mut self, node: usize) -> Option<Owner> {
+        let epoch = self.left_unclosed(node).0?;
+        let mut owner = self.fresh_owner(Gate::left(OpenTo::of_word(0)), Some(epoch));
+        owner.state = State::Proving(Box::new(Ending::of(epoch, Seq(0), true)));
+        say!(
+            self,
+            "{}: proves first that epoch {epoch} is closed",
+            name(node)
+        );
+        Some(owner)
+    }
+
+    /// Captures the mounted volume.
+    pub fn new_owner(&mut self, node: usize) -> Owner {
+        let (unclosed, is_open) = self.left_unclosed(node);
         let mut left = OpenTo::of_word(0);
         if let Some(kernel) = &mut self.machines[node].kernel {
-            kernel.attached = true;
+            if !std::mem::replace(&mut kernel.attached, true) {
+                kernel.gate = left;
+            }
             left = kernel.gate;
         }
         let mut gate = Gate::left(left);
         if unclosed.is_none() {
             gate.open(&Proven::without_sentinel());
         }
-        let owner = Owner {
-            state: State::Between,
-            gate,
-            last_epoch: on_volume.map_or(Epoch(0), |s| s.epoch),
-            unclosed: unclosed.filter(|epoch| *epoch > Epoch(0)),
-            resume_until_us: self.now_us + resume_us,
-            retry_us: 0,
-            running: None,
-            outcome: None,
-            last_mirrored: Seq(0),
-        };
+        let mut owner = self.fresh_owner(gate, unclosed);
+        if is_open {
+            owner.resume_until_us += self.setting.lag_limit_us;
+        }
         self.tell_gate(node, &owner.gate);
         owner
     }
@@ -293,6 +332,16 @@ impl World {
                     say!(self, "{}: epoch {epoch} ended: {ended}", name(node));
                 }
             },
+            State::Proving(mut ending) => {
+                if self.leaving(node).is_some() {
+                    return;
+                }
+                if self.close_part(node, owner, &mut ending) {
+                    *owner = self.serving_owner(node);
+                } else {
+                    owner.state = State::Proving(ending);
+                }
+            }
             State::Closing(mut ending) => {
                 if self.leaving(node).is_none() && !self.close_part(node, owner, &mut ending) {
                     owner.state = State::Closing(ending);
@@ -345,16 +394,9 @@ impl World {
                 owner.gate.open(&Proven::without_sentinel());
                 self.tell_gate(node, &owner.gate);
             }
-            let proof = Proof {
-                epoch,
-                seq: owner.last_mirrored,
-                closed: !self.has(DriverFault::ClosedSentinelOmitted),
-            };
-            owner.state = State::Closing(Box::new(Ending {
-                closing: Closing::new(epoch, owner.last_mirrored, ""),
-                wanted: false,
-                proof,
-            }));
+            let closed = !self.has(DriverFault::ClosedSentinelOmitted);
+            let ending = Ending::of(epoch, owner.last_mirrored, closed);
+            owner.state = State::Closing(Box::new(ending));
         }
     }
 

@@ -138,7 +138,7 @@ impl World {
         match progress {
             Some(Progress::Serving) => {
                 self.counts.takeovers += 1;
-                Keeping::Mounting
+                Keeping::Mounting { proven: true }
             }
             Some(Progress::Stepped) => Keeping::TakingOver(progressing),
             _ => {
@@ -436,6 +436,11 @@ impl Driver<'_> {
         let Some(kernel) = &world.machines[self.node].kernel else {
             return;
         };
+        if kernel.served {
+            // It never stopped: a person's word only settled whose it is.
+            world.promised = None;
+            return;
+        }
         if world.half_merged && self.memory.cut.is_none() {
             world.counts.given_up += 1;
             world.adopt(self.node);

@@ -611,7 +611,8 @@ impl World {
         let takes_over =
             |agent: &Agent| matches!(agent.keeping, Keeping::TakingOver(_) | Keeping::Deciding);
         let machine = &self.machines[node];
-        if machine.saved.is_some() && machine.agent.as_ref().is_none_or(takes_over) {
+        let unserved = machine.kernel.as_ref().is_some_and(|kernel| !kernel.served);
+        if unserved && machine.saved.is_some() && machine.agent.as_ref().is_none_or(takes_over) {
             self.half_merged = true;
         }
         let machine = &mut self.machines[node];

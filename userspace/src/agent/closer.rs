@@ -94,21 +94,7 @@ impl<'a> Closer<'a> {
     /// may not have been told of an end, or the checkpoint of an end not have been proven. One that
     /// is closed may stand so in the page cache only, and is proven again.
     pub fn left(&self, because: &str) -> Option<Unclosed> {
-        let on_volume = sentinel::read(&self.volume.mount_point).ok();
-        let open_on_volume = on_volume.as_ref().filter(|s| !s.closed).map(|s| s.epoch);
-        let open = self.open_epoch().max(open_on_volume);
-        let closed = || on_volume.as_ref().map(|s| (s.epoch, None));
-        open.map(|epoch| (epoch, Some(because.to_owned())))
-            .or_else(closed)
-            .filter(|(epoch, _)| *epoch > Epoch(0))
-            .map(|(epoch, reason)| Unclosed { epoch, reason })
-    }
-
-    /// The epoch that this node said is open, if there is one.
-    fn open_epoch(&self) -> Option<Epoch> {
-        let claim = self.node.ledger.claim(&self.volume.name)?;
-        let own = claim.owner == self.node.id && claim.phase == Phase::Settled;
-        (own && claim.epoch_state == EpochState::Open).then_some(claim.epoch)
+        left(self.node, self.volume, because)
     }
 
     /// Closes an epoch; whether it came to its end. If not, because the agent stops or the volume
@@ -247,6 +233,25 @@ impl<'a> Closer<'a> {
         };
         self.board.say(Role::Owner, Protection::Exposed, &text);
     }
+}
+
+/// As [`Closer::left`], for a volume that may not let a sentinel be written.
+pub fn left(node: &Node, volume: &Volume, because: &str) -> Option<Unclosed> {
+    let on_volume = sentinel::read(&volume.mount_point).ok();
+    let open_on_volume = on_volume.as_ref().filter(|s| !s.closed).map(|s| s.epoch);
+    let open = open_epoch(node, volume).max(open_on_volume);
+    let closed = || on_volume.as_ref().map(|s| (s.epoch, None));
+    open.map(|epoch| (epoch, Some(because.to_owned())))
+        .or_else(closed)
+        .filter(|(epoch, _)| *epoch > Epoch(0))
+        .map(|(epoch, reason)| Unclosed { epoch, reason })
+}
+
+/// The epoch that this node said is open, if there is one.
+fn open_epoch(node: &Node, volume: &Volume) -> Option<Epoch> {
+    let claim = node.ledger.claim(&volume.name)?;
+    let own = claim.owner == node.id && claim.phase == Phase::Settled;
+    (own && claim.epoch_state == EpochState::Open).then_some(claim.epoch)
 }
 
 /// One closing under way.

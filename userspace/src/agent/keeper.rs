@@ -2,14 +2,18 @@
 //!
 //! One thread a volume. It must never mount before `cluster::ownership` said that it may.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::closer::{Closer, Nothing};
+use anyhow::Context as _;
+
+use super::closer::{Closer, Nothing, left};
 use super::node::{Node, lock};
 use super::owner::{Left, Owner};
 use super::successor::{Successor, run_serve_command};
 use crate::board::VolumeBoard;
+use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::control::{Request, Response};
 use crate::cluster::mailbox::AgentState;
@@ -43,6 +47,10 @@ pub struct Keeper {
     node: Arc<Node>,
     volume: Volume,
     board: Arc<VolumeBoard>,
+    /// A crash could still merge a region into the volume, and no programs hold anybody at a gate.
+    unproven: Cell<bool>,
+    /// The volume was mounted, and nobody was told yet.
+    untold: Cell<bool>,
 }
 
 /// What follows.
@@ -60,6 +68,8 @@ impl Keeper {
             node,
             volume,
             board,
+            unproven: Cell::new(true),
+            untold: Cell::new(false),
         }
     }
 
@@ -110,6 +120,7 @@ impl Keeper {
                 own: &own,
                 peer_slot: &peer_slot,
                 peer_live: peer_live.as_ref(),
+                captured: self.is_captured(),
             };
             let decision = decide(&facts);
             if told != Some(decision) {
@@ -144,6 +155,12 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// The volume is mounted, and what an earlier agent of this boot attached is still there.
+    fn is_captured(&self) -> bool {
+        Capture::is_pinned(&self.volume.name)
+            && matches!(mounts::find(&self.volume), Ok(MountState::Mounted(_)))
     }
 
     /// An earlier agent of this node had begun it.
@@ -280,7 +297,10 @@ impl Keeper {
             self.board.tell_takeover(takeover.status().clone());
             match progress {
                 Progress::Stepped => {}
-                Progress::Serving => return Next::Serve,
+                Progress::Serving => {
+                    self.unproven.set(false);
+                    return Next::Serve;
+                }
                 Progress::WaitsForPerson | Progress::Stopped => {
                     let error = takeover.status().error.clone().unwrap_or_default();
                     self.say(Role::Mirror, Protection::Suspended, &error);
@@ -367,22 +387,19 @@ impl Keeper {
             self.leave_the_volume();
             return Next::Decide;
         }
-        match self.mount() {
-            Ok(true) if self.board.words().takeover.is_none() => {
-                if let Err(error) = self
-                    .node
-                    .runtime
-                    .block_on(run_serve_command(&self.node, &self.volume))
-                {
-                    tracing::error!(volume = %name, "{error:#}");
-                }
-            }
-            Ok(_) => {}
-            Err(error) => {
-                self.say(Role::Owner, Protection::Suspended, &format!("{error:#}"));
-                self.node.pause(DECIDE_EVERY);
-                return Next::Serve;
-            }
+        if let Err(error) = self.mount_and_prove() {
+            self.say(Role::Owner, Protection::Suspended, &format!("{error:#}"));
+            self.node.pause(DECIDE_EVERY);
+            return Next::Serve;
+        }
+        if self.untold.take()
+            && self.board.words().takeover.is_none()
+            && let Err(error) = self
+                .node
+                .runtime
+                .block_on(run_serve_command(&self.node, &self.volume))
+        {
+            tracing::error!(volume = %name, "{error:#}");
         }
         self.node.set_serving(name, true);
         if self.board.words().protection == Protection::Suspended {
@@ -407,6 +424,34 @@ impl Keeper {
                 Next::Decide
             }
         }
+    }
+
+    /// Mounts the volume, and proves that no region can be merged into it before anybody uses it:
+    /// what is confirmed before the programs are attached waits at no gate. That the mailbox calls
+    /// the epoch closed is not enough, since its word may be lost with the next crash.
+    fn mount_and_prove(&self) -> anyhow::Result<()> {
+        let name = &self.volume.name;
+        if self.mount()? {
+            self.unproven.set(true);
+            self.untold.set(true);
+        } else if Capture::is_pinned(name) {
+            self.unproven.set(false);
+        }
+        if !self.unproven.get() {
+            return Ok(());
+        }
+        let because = "this node mounted the volume and nothing holds its gates";
+        if let Some(unclosed) = left(&self.node, &self.volume, because) {
+            let closer = Closer::new(&self.node, &self.volume, Arc::clone(&self.board));
+            let mut closer = closer.context("the volume is mounted and not served")?;
+            anyhow::ensure!(
+                closer.close(&unclosed, &mut Nothing),
+                "the volume is mounted and not served: epoch {} could not be closed before",
+                unclosed.epoch
+            );
+        }
+        self.unproven.set(false);
+        Ok(())
     }
 
     /// Nothing will be mirrored: what an earlier agent left open must not be replayed later.

@@ -138,6 +138,7 @@ impl Ledger {
             own: &own,
             peer_slot: &peer_slot,
             peer_live: None,
+            captured: false,
         };
         if let Some(claim) = first_word(&facts, Decision::Suspended(Doubt::PeerUnreadable)) {
             inner.table.volumes.insert(volume.to_owned(), claim.clone());

@@ -149,6 +149,12 @@ impl Capture {
         Continuity::load(&control).map(|left| left.epoch)
     }
 
+    /// Whether the programs of an earlier agent of this boot are there.
+    #[must_use]
+    pub fn is_pinned(volume_name: &str) -> bool {
+        load::pinned_control(volume_name).is_some()
+    }
+
     /// Removes the programs and pins of a volume.
     ///
     /// # Errors

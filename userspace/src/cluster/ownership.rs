@@ -81,6 +81,8 @@ pub struct Facts<'a> {
     pub peer_slot: &'a Word,
     /// The peer's answer; `None`: it could not be reached.
     pub peer_live: Option<&'a LiveAnswer>,
+    /// The volume is mounted here, and programs that an earlier agent of this boot attached hold it.
+    pub captured: bool,
 }
 
 /// Why a node may serve.
@@ -239,7 +241,7 @@ fn without_own_word(facts: &Facts<'_>, peer: &Peer<'_>, fresh: bool) -> Decision
             }
         }
         Peer::Says(word) => match (word.claim.epoch_state, word.live) {
-            (EpochState::Open, _) => Decision::WaitForMerge,
+            (EpochState::Open, _) => unmerged(facts),
             (_, true) => Decision::Serve(ServeAs::Returned),
             (_, false) => Decision::Suspended(Doubt::OwnWordLost),
         },
@@ -280,7 +282,7 @@ fn as_undisputed_owner(facts: &Facts<'_>, own: &VolumeClaim) -> Decision {
         }
         (Phase::Unmerged, _) => Decision::WaitForMerge,
         (Phase::Settled, _) if same_boot => Decision::Serve(ServeAs::Resumed),
-        (Phase::Settled, EpochState::Open) => Decision::WaitForMerge,
+        (Phase::Settled, EpochState::Open) => unmerged(facts),
         (Phase::Settled, EpochState::None | EpochState::Closed) => {
             Decision::Serve(ServeAs::Returned)
         }
@@ -295,15 +297,28 @@ fn as_other(facts: &Facts<'_>, own: &VolumeClaim, peer: &Peer<'_>) -> Decision {
     if word.claim.owner != *facts.this_node || word.claim.table_version < own.table_version {
         return Decision::Mirror;
     }
+    // A takeover that was withdrawn gives back what the peer had heard of the epoch.
+    let heard = (word.claim.epoch, word.claim.epoch_state);
+    let (_, epoch_state) = heard.max((own.epoch, own.epoch_state));
     match (
         word.claim.table_version > own.table_version,
         word.live,
-        word.claim.epoch_state,
+        epoch_state,
     ) {
         (false, ..) => Decision::Suspended(Doubt::NeitherClaims),
         (true, false, _) => Decision::Suspended(Doubt::InDoubt),
-        (true, true, EpochState::Open) => Decision::WaitForMerge,
+        (true, true, EpochState::Open) => unmerged(facts),
         (true, true, _) => Decision::Serve(ServeAs::Returned),
+    }
+}
+
+/// It owns the volume, and its epoch is open. Where the volume is still mounted and held the machine
+/// did not reboot since: to ask for a merge would let the peer mount the volume beside this node.
+fn unmerged(facts: &Facts<'_>) -> Decision {
+    if facts.captured {
+        Decision::Serve(ServeAs::Resumed)
+    } else {
+        Decision::WaitForMerge
     }
 }
 
@@ -345,10 +360,7 @@ pub fn first_word(facts: &Facts<'_>, decision: Decision) -> Option<VolumeClaim> 
     let is_this_nodes = |claim: &VolumeClaim| claim.owner == *facts.this_node;
     // A withdrawn takeover gives the ownership back with what the peer had heard of its epoch.
     let with_own_epoch = |claim: VolumeClaim| match own {
-        Some(own)
-            if is_this_nodes(own)
-                && (own.epoch, own.epoch_state) > (claim.epoch, claim.epoch_state) =>
-        {
+        Some(own) if (own.epoch, own.epoch_state) > (claim.epoch, claim.epoch_state) => {
             VolumeClaim {
                 epoch: own.epoch,
                 epoch_state: own.epoch_state,
@@ -381,7 +393,8 @@ pub fn first_word(facts: &Facts<'_>, decision: Decision) -> Option<VolumeClaim> 
                     [own, peer],
                 ))
             }
-            _ => newest,
+            // It may be withdrawn: what this node knows of its epoch must not be forgotten for it.
+            _ => newest.map(with_own_epoch),
         },
         Decision::Suspended(_) => own.map(|own| carried_over(facts, own)),
     }

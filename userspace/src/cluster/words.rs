@@ -200,7 +200,12 @@ impl Words {
                          device) or its disk lost what it had confirmed"
                     ));
                 }
-                EpochState::Open if said < of_volume && word.exact => {
+                // In a takeover's claim stands what its node had heard of the owner before.
+                EpochState::Open
+                    if said < of_volume
+                        && word.exact
+                        && matches!(word.phase, Phase::Settled | Phase::Unmerged) =>
+                {
                     return Ruling::Ask(format!(
                         "{node} said that epoch {said} runs, and the volume is in epoch {of_volume} \
                          already, which does not begin before {said} was called closed: the mailbox \

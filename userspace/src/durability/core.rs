@@ -18,7 +18,8 @@
 //!
 //! An `O_TMPFILE` inode that was linked later has a trap: a checkpoint between the two proves the
 //! inode, but as an orphan, which the next mount removes. So its TMPFILE record stays until its LINK is
-//! proven, and a LINK whose TMPFILE has left already is a gap.
+//! proven, and a LINK whose TMPFILE has left already is a gap. So is one behind a checkpoint that was to
+//! cover an uncaptured change: that may have been one of the orphan's.
 //!
 //! It must never take a record as covered because a later one is.
 
@@ -66,6 +67,15 @@ pub enum GapReason {
         /// The inode.
         identity: Identity,
     },
+    /// An `O_TMPFILE` inode got its first name after a checkpoint that was to cover an uncaptured change,
+    /// which may have been its own: no checkpoint makes durable what has no name.
+    #[error(
+        "inode {identity} got its first name after a checkpoint that had to cover uncaptured changes"
+    )]
+    LinkBehindGap {
+        /// The inode.
+        identity: Identity,
+    },
 }
 
 /// What covers a record.
@@ -93,8 +103,8 @@ struct Live {
 struct Inode {
     /// Live records that need it here.
     records: u64,
-    /// Its TMPFILE record is live.
-    tmpfile: bool,
+    /// Its TMPFILE record, if that is live.
+    tmpfile: Option<Seq>,
     /// The LINK that gave it its first name.
     named_at: Option<Seq>,
     /// All its records before this position are proven by a full mark.
@@ -113,6 +123,8 @@ pub struct LiveLog {
     known_from: Seq,
     /// Largest S.
     checkpoint: Seq,
+    /// A change was noticed and not captured, as far as the log of this agent or an earlier one knows.
+    gapped: bool,
 }
 
 impl LiveLog {
@@ -126,6 +138,7 @@ impl LiveLog {
             first: first.min(next),
             known_from: next,
             checkpoint: Seq(0),
+            gapped: next > Seq(1),
         }
     }
 
@@ -156,16 +169,23 @@ impl LiveLog {
             _ => Need::Checkpoint,
         };
         let mut gap = None;
+        self.gapped |= meta.op == op::GAP;
         match need {
             Need::FullMark => self.inodes.entry(identity).or_default().records += 1,
             Need::Tmpfile => {
                 let inode = self.inodes.entry(identity).or_default();
                 inode.records += 1;
-                (inode.tmpfile, inode.named_at) = (true, None);
+                (inode.tmpfile, inode.named_at) = (Some(seq), None);
             }
             Need::Checkpoint if meta.op == op::LINK && meta.flags & flag::FROM_TMPFILE != 0 => {
-                match self.inodes.get_mut(&identity).filter(|inode| inode.tmpfile) {
-                    Some(inode) => inode.named_at = Some(seq),
+                let inode = self.inodes.get_mut(&identity);
+                match inode.and_then(|inode| Some((inode.tmpfile?, inode))) {
+                    Some((made_at, inode)) => {
+                        inode.named_at = Some(seq);
+                        if self.gapped && made_at <= self.checkpoint {
+                            gap = Some(GapReason::LinkBehindGap { identity });
+                        }
+                    }
                     None => gap = Some(GapReason::LinkOfPurgedTmpfile { identity }),
                 }
             }
@@ -292,7 +312,7 @@ impl LiveLog {
         }
         if let Some(inode) = self.inodes.get_mut(&record.identity) {
             if record.need == Need::Tmpfile {
-                inode.tmpfile = false;
+                inode.tmpfile = None;
             }
             inode.records -= 1;
             if inode.records == 0 {

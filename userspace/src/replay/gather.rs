@@ -213,6 +213,7 @@ impl<'a> Gather<'a> {
         inode.dead = false;
         if from_tmpfile {
             inode.named_at = item.ring_pos;
+            inode.named_later = true;
             if inode.origin == Origin::Earlier {
                 inode.origin = Origin::LinkedOnly;
             }
@@ -332,7 +333,8 @@ impl<'a> Gather<'a> {
         let end = header.size_after.saturating_add(1).min(END);
         let full = header.pos == 0 && end == END || injected(Fault::RangePurgesInode);
         let (start, end) = if full { (0, END) } else { (header.pos, end) };
-        inode.proven |= full;
+        // fdatasync need not make a name durable that came after the inode (ext4).
+        inode.proven |= full && !(inode.named_later && header.flags & flag::DATASYNC != 0);
         let keep = inode.can_be_made();
         inode.content.confirm(start, end, before, keep);
         if !full {

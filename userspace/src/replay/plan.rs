@@ -58,6 +58,8 @@ pub struct Inode<'a> {
     pub origin: Origin<'a>,
     /// Ring position since which it has had a name (the largest one: it never had).
     pub named_at: RingPos,
+    /// That name came after the inode (`O_TMPFILE`).
+    pub named_later: bool,
     /// A full-range mark proved it durable, with at least one link.
     pub proven: bool,
     /// The log saw its last link go.
@@ -84,6 +86,7 @@ impl Inode<'_> {
         Self {
             origin: Origin::Earlier,
             named_at: RingPos(0),
+            named_later: false,
             proven: false,
             dead: false,
             links: None,

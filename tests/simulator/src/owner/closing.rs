@@ -61,7 +61,8 @@ impl World {
                 failed = self.disk.fails();
                 if !failed {
                     self.disk.end_sentinel();
-                    if running.proof.closed {
+                    // Before it serves, the volume shows what an earlier kernel left.
+                    if running.proof.closed && kernel.served {
                         self.history.settle(running.began_at);
                     }
                 }

@@ -132,6 +132,7 @@ fn for_all(mut visit: impl FnMut(&Case<'_>)) {
                     own,
                     peer_slot: slot,
                     peer_live: live.as_ref(),
+                    captured: false,
                 });
                 let live = live.as_ref();
                 visit(&Case {
@@ -324,6 +325,7 @@ fn two_nodes_that_see_the_same_mailbox_never_both_serve() {
                     },
                     peer_slot: peer,
                     peer_live: None,
+                    captured: false,
                 })
             };
             let (a, b) = (decide_as("a", of_a, of_b), decide_as("b", of_b, of_a));
@@ -413,6 +415,7 @@ fn a_restart_after_the_first_word_serves_only_what_was_served_before_it() {
                     own,
                     peer_slot: slot,
                     peer_live: live.as_ref(),
+                    captured: false,
                 };
                 let first = decide(&facts);
                 let Some(word) = first_word(&facts, first) else {
@@ -458,6 +461,7 @@ fn the_first_word_withdraws_a_claim_that_fenced_nobody() {
         own: &own,
         peer_slot: &Word::Nothing,
         peer_live: Some(&live),
+        captured: false,
     };
     assert_eq!(decide(&facts), Decision::Mirror);
     let word = first_word(&facts, Decision::Mirror).unwrap();
@@ -494,6 +498,7 @@ fn the_owners_own_word_counts_where_the_peer_knows_an_older_one() {
         own: &own,
         peer_slot: &peer_slot,
         peer_live: Some(&heard),
+        captured: false,
     };
     assert_eq!(decide(&facts), Decision::Serve(ServeAs::Resumed));
     let word = first_word(&facts, Decision::Serve(ServeAs::Resumed));
@@ -539,10 +544,83 @@ fn a_withdrawn_takeover_does_not_take_the_owner_back_to_an_epoch_of_before() {
         own: &own,
         peer_slot: &peer_slot,
         peer_live: None,
+        captured: false,
     };
     for decision in [Decision::Serve(ServeAs::Resumed), Decision::WaitForMerge] {
         let word = first_word(&facts, decision).expect("it owns the volume");
         let told = (word.table_version, word.epoch, word.epoch_state);
         assert_eq!(told, (6, Epoch(4), EpochState::Open), "{decision:?}");
     }
+}
+
+/// What a withdrawn takeover of `b` gives back to `a`, which had adopted the claim.
+fn after_a_withdrawal(captured: bool) -> (Decision, Option<VolumeClaim>) {
+    let adopted = OwnWord {
+        word: Word::Says(claim("b", 6, Phase::Claiming, EpochState::Open)),
+        boot_id: Some(BOOT),
+    };
+    let withdrawn = VolumeClaim {
+        epoch: Epoch(0),
+        ..claim("a", 7, Phase::Settled, EpochState::None)
+    };
+    let live = LiveAnswer {
+        claim: Some(withdrawn),
+        serving: false,
+    };
+    let this = node("a");
+    let facts = Facts {
+        this_node: &this,
+        boot_id: BOOT,
+        configured_owner: &this,
+        own: &adopted,
+        peer_slot: &Word::Nothing,
+        peer_live: Some(&live),
+        captured,
+    };
+    let decision = decide(&facts);
+    (decision, first_word(&facts, decision))
+}
+
+#[test]
+fn a_node_that_has_the_volume_mounted_never_asks_for_a_merge() {
+    let (decision, word) = after_a_withdrawal(true);
+    assert_eq!(decision, Decision::Serve(ServeAs::Resumed));
+    let word = word.expect("it owns the volume");
+    let told = (word.owner, word.phase, word.epoch_state);
+    assert_eq!(told, (node("a"), Phase::Settled, EpochState::Open));
+}
+
+#[test]
+fn an_epoch_that_the_peer_never_heard_of_is_merged_first() {
+    let (decision, word) = after_a_withdrawal(false);
+    assert_eq!(decision, Decision::WaitForMerge);
+    assert!(word.is_some_and(|word| word.epoch_state == EpochState::Open));
+}
+
+#[test]
+fn a_claim_that_may_be_withdrawn_does_not_take_the_own_epoch_away() {
+    let own = OwnWord {
+        word: Word::Says(claim("a", 5, Phase::Settled, EpochState::Open)),
+        boot_id: Some(BootId([9; 16])),
+    };
+    let claiming = VolumeClaim {
+        epoch: Epoch(0),
+        ..claim("b", 6, Phase::Claiming, EpochState::None)
+    };
+    let peer_slot = Word::Says(claiming);
+    let this = node("a");
+    let facts = Facts {
+        this_node: &this,
+        boot_id: BOOT,
+        configured_owner: &this,
+        own: &own,
+        peer_slot: &peer_slot,
+        peer_live: None,
+        captured: false,
+    };
+    assert_eq!(decide(&facts), Decision::TakenOver);
+    let word = first_word(&facts, Decision::TakenOver).expect("the peer's claim");
+    let told = (word.owner, word.table_version, word.epoch_state);
+    assert_eq!(told, (node("b"), 6, EpochState::Open));
+    assert!(word.epoch > Epoch(0));
 }

@@ -130,6 +130,16 @@ fn an_older_word_of_the_owner_contradicts_a_later_epoch_only_if_it_is_its_own() 
         ..later.clone()
     };
     assert_eq!(remembered.ruling(), Ruling::Merge { after: Seq(3) });
+    // What a node in a takeover had heard of the owner before it is not its own word either.
+    let merging = Words {
+        owner: Some(OwnerWord {
+            phase: Phase::Merging,
+            ..owner(4, EpochState::Open)
+        }),
+        region: RegionWord::Missing,
+        ..later.clone()
+    };
+    asks(&merging, "half merged");
     let ended = Words {
         owner: Some(owner(4, EpochState::Closed)),
         ..later

@@ -146,6 +146,28 @@ fn a_named_tmpfile_stays_until_its_name_is_proven() {
 }
 
 #[test]
+fn a_nameless_inode_may_have_been_what_a_checkpoint_covered_without_effect() {
+    let tmpfile = meta(op::TMPFILE, 5, 64);
+    let link = RecordMeta {
+        flags: flag::FROM_TMPFILE,
+        ..meta(op::LINK, 5, 128)
+    };
+    let gap = meta(op::GAP, 0, 0);
+    let behind_gap = GapReason::LinkBehindGap {
+        identity: link.identity,
+    };
+    let mut gapped = log(&[gap, tmpfile]);
+    gapped.checkpoint(Seq(2)).expect("appended");
+    assert_eq!(gapped.appended(Seq(3), &link), Ok(Some(behind_gap)));
+    // Named before the checkpoint, or without any gap, it is whole.
+    let mut named = log(&[gap, tmpfile]);
+    assert_eq!(named.appended(Seq(3), &link), Ok(None));
+    let mut whole = log(&[write(6, 0, 0, 1), tmpfile]);
+    whole.checkpoint(Seq(2)).expect("appended");
+    assert_eq!(whole.appended(Seq(3), &link), Ok(None));
+}
+
+#[test]
 fn records_of_an_earlier_agent_wait_for_a_checkpoint() {
     let mut log = LiveLog::new(Seq(10), Seq(20));
     assert_eq!(log.purgeable(), Seq(9));

@@ -218,6 +218,26 @@ fn a_file_made_nameless_fsynced_and_linked_is_whole() {
 }
 
 #[test]
+fn fdatasync_does_not_prove_a_name_that_came_later() {
+    let mut world = world();
+    world.run(Op::Tmpfile);
+    let file = world.events[0].made.expect("made");
+    write(&mut world, file, 0, b"all of it");
+    link(&mut world, file, "f");
+    let entered = world.events.len();
+    world.run(Op::Fsync {
+        inode: file,
+        start: 0,
+        last: END,
+        datasync: true,
+        entered,
+    });
+    // The journal had committed the inode, and not the link.
+    let (_, model) = merged(world, 2, 4);
+    assert_eq!(bytes_of(&model, "f"), b"all of it");
+}
+
+#[test]
 fn a_nameless_file_whose_records_are_gone_is_loudly_lost() {
     let mut world = world();
     world.run(Op::Tmpfile);
