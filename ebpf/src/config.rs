@@ -39,7 +39,16 @@ globals! {
     RENAME_OLD_DENTRY, RENAME_FLAGS,
     FAULT_VMA, VMA_FILE,
     DIO_IOCB, DIO_FLAGS,
-    TASK_GROUP_LEADER, TASK_START_BOOTTIME,
+    FILE_FLAGS, FILE_DENTRY, SB_MAGIC,
+    /// The count of the inode's lock; how many direct writes are under way.
+    INODE_LOCK, INODE_DIRECT_WRITERS,
+    TASK_FLAGS, TASK_TGID, TASK_LEADER, TASK_STARTED, TASK_FILES, TASK_SIGNAL, TASK_JOB_CONTROL,
+    /// `TS_COMPAT` is a bit of it.
+    TASK_STATUS,
+    SIGNAL_STOP_COUNT,
+    FILES_TABLE, TABLE_MAX, TABLE_FILES,
+    /// System call number and arguments at its exit.
+    REGS_NUMBER, REGS_FIRST, REGS_FOURTH,
 }
 
 /// Reads a member through a pointer whose type the verifier knows: a plain load.

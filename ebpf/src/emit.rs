@@ -72,11 +72,17 @@ impl Control {
     /// Adds one and returns the value before; a full memory barrier.
     #[inline(always)]
     pub fn increment(self, slot: usize) -> u64 {
+        self.add(slot, 1)
+    }
+
+    /// Adds (wrapping) and returns the value before; a full memory barrier.
+    #[inline(always)]
+    pub fn add(self, slot: usize, value: u64) -> u64 {
         // SAFETY: as in `read`; the target has no `AtomicU64::fetch_add`.
         unsafe {
             core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
                 self.0.wrapping_add(slot),
-                1,
+                value,
             )
         }
     }
@@ -107,25 +113,29 @@ pub fn wanted(inode: *const u8) -> Option<Control> {
         return None;
     }
     let control = Control::get()?;
-    // SAFETY: the helper has no precondition.
-    let tgid = unsafe { bpf_get_current_pid_tgid() } >> 32;
-    if tgid == control.read(control::AGENT_TGID)
-        && control.read(control::CALIBRATING) == 0
-        && group_start_ticks() == control.read(control::AGENT_START_TICKS)
-    {
+    if is_agent(control) && control.read(control::CALIBRATING) == 0 {
         return None;
     }
     Some(control)
 }
 
+/// Whether the agent is running.
+#[inline(always)]
+pub fn is_agent(control: Control) -> bool {
+    // SAFETY: the helper has no precondition.
+    let tgid = unsafe { bpf_get_current_pid_tgid() } >> 32;
+    tgid == control.read(control::AGENT_TGID)
+        && group_start_ticks() == control.read(control::AGENT_START_TICKS)
+}
+
 /// When the current thread group began, in clock ticks since boot.
 #[inline(always)]
-fn group_start_ticks() -> u64 {
+pub fn group_start_ticks() -> u64 {
     // SAFETY: the helper gives the running task, whose leader outlives it.
     unsafe {
         let task = bpf_get_current_task_btf() as *const u8;
-        let leader: *const u8 = member(task, &TASK_GROUP_LEADER);
-        member::<u64>(leader, &TASK_START_BOOTTIME) / TICK_NS
+        let leader: *const u8 = member(task, &TASK_LEADER);
+        member::<u64>(leader, &TASK_STARTED) / TICK_NS
     }
 }
 
@@ -235,15 +245,16 @@ pub fn submit<T>(control: Control, place: *mut T) {
     unsafe { bpf_ringbuf_submit(place.cast(), flags) };
 }
 
-/// Reserves, fills and submits a record of constant size, see [`reserve`].
+/// Reserves, fills and submits a record of constant size, see [`reserve`]; a ring position that is
+/// not before its end, `None` if there was no room.
 #[inline(always)]
-pub fn emit<T: Copy>(control: Control, record: T) {
-    let Some(place) = reserve::<T>(control) else {
-        return;
-    };
+pub fn emit<T: Copy>(control: Control, record: T) -> Option<u64> {
+    let place = reserve::<T>(control)?;
+    let end = producer_position();
     // SAFETY: the reservation has room for one `T` and is 8-byte aligned.
     unsafe { place.write(record) };
     submit(control, place);
+    Some(end)
 }
 
 /// Notes a change that is not captured: counts it, and writes a GAP record if it is the first of

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fentry, fexit, lsm, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext, LsmContext};
-use twinwrite_abi::gap;
+use twinwrite_abi::{control, gap};
 
 use crate::config::*;
 use crate::emit::*;
@@ -39,12 +39,41 @@ fn succeeded(ctx: &FExitContext) -> bool {
     matches!(ctx.ret::<i32>(), Ok(0))
 }
 
+/// Threads in a fallocate.
+#[map]
+static FALLOCATES: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
+
+/// The change can be seen before its end is noticed: until then no fsync trusts the log alone.
+#[fentry(function = "vfs_fallocate")]
+pub fn gap_fallocate_begin(ctx: FEntryContext) -> i32 {
+    // SAFETY: the arguments of the hooked function; the helper has no precondition.
+    let (inode, thread) = unsafe {
+        (
+            member::<*const u8>(ctx.arg(0), &FILE_INODE),
+            bpf_get_current_pid_tgid(),
+        )
+    };
+    if let Some(control) = wanted(inode)
+        && FALLOCATES.insert(&thread, &1, 0).is_ok()
+    {
+        control.increment(control::UNNOTICED);
+    }
+    0
+}
+
 /// Every mode of fallocate.
 #[fexit(function = "vfs_fallocate")]
 pub fn gap_fallocate(ctx: FExitContext) -> i32 {
     if succeeded(&ctx) {
         // SAFETY: the arguments of the hooked function.
         unsafe { note_file(ctx.arg(0), gap::FALLOCATE) };
+    }
+    // SAFETY: the helper has no precondition.
+    let thread = unsafe { bpf_get_current_pid_tgid() };
+    if FALLOCATES.remove(&thread).is_ok()
+        && let Some(control) = Control::get()
+    {
+        control.add(control::UNNOTICED, u64::MAX);
     }
     0
 }

@@ -6,7 +6,8 @@
 //! thread group, and hands one record to the ring while the inode or directory lock is still held
 //! (where the kernel allows), so that ring order is the order of the operations.
 //!
-//! A program must never change what the kernel does, wait, or lose a change without counting it.
+//! A program must never change what the kernel does, or lose a change without counting it; only the gate
+//! (`gate`) lets a thread wait, at the end of its system call.
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
@@ -17,6 +18,8 @@ mod config;
 mod data;
 mod emit;
 mod gaps;
+mod gate;
+mod hold;
 mod names;
 mod sync;
 

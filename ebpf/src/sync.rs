@@ -16,6 +16,7 @@ use twinwrite_abi::{flag, op};
 
 use crate::config::*;
 use crate::emit::*;
+use crate::gate;
 
 /// Which hook answers for the call a thread is in.
 mod road {
@@ -37,9 +38,14 @@ struct Call {
     road: u64,
     /// The ring's position at its entry.
     position: u64,
+    /// What to wait for if the log is whole, see `gate::seen_before`; [`UNKNOWN`].
+    seen_before: u64,
     /// The mark, but for what is known at exit only.
     head: Head,
 }
+
+/// No position.
+const UNKNOWN: u64 = u64::MAX;
 
 /// Losing an entry costs one mark.
 #[map]
@@ -52,19 +58,23 @@ fn thread() -> u64 {
 }
 
 #[inline(always)]
-fn enter(road: u64) {
+fn enter(road: u64, seen_before: Option<u64>) {
     // SAFETY: all members are integers.
     let mut call: Call = unsafe { core::mem::zeroed() };
     call.road = road;
     call.position = producer_position();
+    call.seen_before = seen_before.unwrap_or(UNKNOWN);
     let _ = CALLS.insert(&thread(), &call, 0);
 }
 
 #[inline(always)]
 fn enter_file(ctx: &FEntryContext, road: u64) {
+    let file: *const u8 = ctx.arg(0);
     // SAFETY: the arguments of the hooked function.
-    if wanted(unsafe { member(ctx.arg(0), &FILE_INODE) }).is_some() {
-        enter(road);
+    unsafe {
+        if let Some(control) = wanted(member(file, &FILE_INODE)) {
+            enter(road, gate::seen_before(control, file));
+        }
     }
 }
 
@@ -103,6 +113,15 @@ unsafe fn mark_of(inode: *const u8, datasync: bool) -> Head {
     head
 }
 
+/// Emits a mark, and makes the caller wait for it.
+#[inline(always)]
+fn mark(control: Control, head: Head, call: &Call) {
+    let generation = gate::generation(control);
+    let end = emit(control, head);
+    let before = (call.seen_before != UNKNOWN).then_some(call.seen_before);
+    gate::require(control, generation, before, end);
+}
+
 #[inline(always)]
 fn leave_file(ctx: &FExitContext, road: u64) -> Option<()> {
     // SAFETY: the arguments of the hooked function.
@@ -118,7 +137,7 @@ fn leave_file(ctx: &FExitContext, road: u64) -> Option<()> {
         head.size_after = ctx.arg(2);
     }
     head.arg = call.position;
-    emit(control, head);
+    mark(control, head, &call);
     Some(())
 }
 
@@ -161,8 +180,13 @@ pub fn sync_file(ctx: FExitContext) -> i32 {
     };
     // SAFETY: as above; the arguments of the hooked function.
     unsafe {
-        let inode: *const u8 = member(ctx.arg(0), &FILE_INODE);
-        if (*call).road == road::SYSTEM_CALL && wanted(inode).is_some() {
+        let file: *const u8 = ctx.arg(0);
+        let inode: *const u8 = member(file, &FILE_INODE);
+        if (*call).road == road::SYSTEM_CALL
+            && let Some(control) = wanted(inode)
+        {
+            // Later than at the entry, and so no less is waited for; the flush is yet to come.
+            (*call).seen_before = gate::seen_before(control, file).unwrap_or(UNKNOWN);
             (*call).head = mark_of(inode, false);
             (*call).road = road::SYSTEM_CALL_WITH_FILE;
         }
@@ -180,7 +204,7 @@ fn leave_system_call(ctx: &FExitContext, flags: u8) -> Option<()> {
     let mut head = call.head;
     head.flags |= flags;
     head.arg = call.position;
-    emit(Control::get()?, head);
+    mark(Control::get()?, head, &call);
     Some(())
 }
 
@@ -189,7 +213,7 @@ macro_rules! system_calls {
         /// A system call that may have the rest inlined.
         #[fentry(function = $function)]
         pub fn $enter(_: FEntryContext) -> i32 {
-            enter(road::SYSTEM_CALL);
+            enter(road::SYSTEM_CALL, None);
             0
         }
 

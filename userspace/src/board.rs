@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::ids::{Epoch, NodeId, Seq};
 use crate::status::{
@@ -20,6 +20,9 @@ pub const LATENCY_BOUNDS_SECONDS: [f64; 14] = [
     0.000_01, 0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05,
     0.25, 1.0, 5.0,
 ];
+
+/// Counts per bucket of a histogram of times (not cumulative); the last is beyond all bounds.
+pub type Buckets = [Gauge; LATENCY_BOUNDS_SECONDS.len() + 1];
 
 /// A mirroring thread that has not turned for this long is not believed, microseconds.
 const STALE_US: i64 = 5_000_000;
@@ -108,6 +111,18 @@ pub struct VolumeBoard {
     pub checkpoint_failures: Gauge,
     /// Epochs closed.
     pub epochs_closed: Gauge,
+    /// Calls of the fsync class that found the gate open.
+    pub gate_passed: Gauge,
+    /// Those that saw it open while they looked at it, without being stopped.
+    pub gate_polled: Gauge,
+    /// Those that were stopped before it.
+    pub gate_holds: Gauge,
+    /// Thread groups that are stopped before it now.
+    pub gate_held_groups: Gauge,
+    /// Threads continued per bucket of the time they were stopped (not cumulative).
+    pub held_counts: Buckets,
+    /// Sum of these times, microseconds.
+    pub held_sum_us: Gauge,
     /// Sleeps that only the safety timeout ended although records were there: must stay 0.
     pub missed_wakeups: Gauge,
     /// Monotonic time at which the mirroring thread last turned, microseconds; -1: it need not.
@@ -115,7 +130,7 @@ pub struct VolumeBoard {
     /// Monotonic time of the last proof, microseconds since the board began; -1 is never.
     last_proof_us: AtomicI64,
     /// Frames completed per latency bucket (not cumulative); the last is beyond all bounds.
-    pub latency_counts: [Gauge; LATENCY_BOUNDS_SECONDS.len() + 1],
+    pub latency_counts: Buckets,
     /// Sum of latencies, microseconds.
     pub latency_sum_us: Gauge,
     started: Instant,
@@ -159,6 +174,12 @@ impl VolumeBoard {
             checkpoints: Gauge::default(),
             checkpoint_failures: Gauge::default(),
             epochs_closed: Gauge::default(),
+            gate_passed: Gauge::default(),
+            gate_polled: Gauge::default(),
+            gate_holds: Gauge::default(),
+            gate_held_groups: Gauge::default(),
+            held_counts: Default::default(),
+            held_sum_us: Gauge::default(),
             missed_wakeups: Gauge::default(),
             turned_us: AtomicI64::new(-1),
             last_proof_us: AtomicI64::new(-1),
@@ -247,6 +268,14 @@ impl VolumeBoard {
         let bucket = LATENCY_BOUNDS_SECONDS.partition_point(|bound| *bound < seconds);
         self.latency_counts[bucket].add(1);
         self.latency_sum_us.add(us);
+    }
+
+    /// Counts one thread that was stopped before the gate for this long.
+    pub fn held(&self, time: Duration) {
+        let bucket = LATENCY_BOUNDS_SECONDS.partition_point(|bound| *bound < time.as_secs_f64());
+        self.held_counts[bucket].add(1);
+        self.held_sum_us
+            .add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     }
 
     fn status(&self) -> VolumeStatus {

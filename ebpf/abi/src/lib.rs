@@ -99,10 +99,13 @@ pub mod gap {
     pub const WHITEOUT: usize = 7;
     /// A name or a structure could not be read.
     pub const UNREADABLE: usize = 8;
+    /// An fsync-class call was answered although its mark was not mirrored yet: who asked for it
+    /// cannot be stopped.
+    pub const UNGATED: usize = 9;
     /// How many reasons there are room for.
     pub const COUNT: usize = 16;
     /// The words for each reason, for logs and metrics.
-    pub const NAMES: [&str; 9] = [
+    pub const NAMES: [&str; 10] = [
         "fallocate",
         "remap",
         "mapping",
@@ -112,6 +115,7 @@ pub mod gap {
         "ring-full",
         "whiteout",
         "unreadable",
+        "ungated",
     ];
 }
 
@@ -150,6 +154,21 @@ pub mod control {
     pub const DISABLED: usize = 20;
     /// Agent: the file system the pinned programs were calibrated on.
     pub const FILESYSTEM: usize = 21;
+    /// Agent: where the gate stands: whoever waits for a ring position up to this one has passed it.
+    /// [`GATE_OPEN`] while no epoch is open. Stays as it is when the agent dies, so that the gate holds.
+    pub const GATE_OPEN_TO: usize = 24;
+    /// Agent: grows whenever an epoch was closed or begins: what waited before then need not wait.
+    pub const GATE_GENERATION: usize = 25;
+    /// Agent: longest time that a waiting thread looks at the gate before it is stopped,
+    /// nanoseconds.
+    pub const GATE_POLL_NS: usize = 26;
+    /// Agent: as [`GATE_OPEN_TO`], for whoever waits until a checkpoint of what was captured up to a
+    /// ring position is proven.
+    pub const GATE_PROVEN_TO: usize = 27;
+    /// Agent: 1 switches the gate off, for tests that show what happens without it.
+    pub const GATE_OFF: usize = 28;
+    /// Value of [`GATE_OPEN_TO`]: nothing waits.
+    pub const GATE_OPEN: u64 = u64::MAX;
     /// Bit of [`STATE`]: all programs are attached and pinned.
     pub const ATTACHED: u64 = 1 << 0;
     /// Bit of [`STATE`]: the hooks were verified by known operations.
@@ -162,6 +181,114 @@ pub mod control {
     /// Agent: words that outlive the agent (epoch, ring position of its start ...), see
     /// `capture::continuity`.
     pub const CONTINUITY: usize = 64;
+    /// Programs: threads that have something to wait for and have not come to the gate yet.
+    pub const GATE_PENDING: usize = 96;
+    /// Programs: how many found the gate open.
+    pub const GATE_PASSED: usize = 97;
+    /// Programs: how many saw it open while they looked at it.
+    pub const GATE_POLLED: usize = 98;
+    /// Programs: how many were stopped before it.
+    pub const GATE_HOLDS: usize = 99;
+    /// Programs: nanoseconds that those of [`GATE_POLLED`] looked at it.
+    pub const GATE_POLLED_NS: usize = 100;
+    /// Programs: calls whose change others can see before it is noticed as a gap, and which are under
+    /// way.
+    pub const UNNOTICED: usize = 101;
+    /// Programs: calls that waited for their mark, and not only for what was captured before them.
+    pub const GATE_FOR_MARK: usize = 102;
+    /// Programs: calls that wait for a checkpoint, see [`GATE_PROVEN_TO`].
+    pub const PROOFS_WANTED: usize = 103;
+    /// Agent: how many of each gap reason no call has to wait for any more: whatever they changed is
+    /// on the disk, and no record that is older than such a change is left in the log.
+    pub const GAPS_SETTLED: usize = 112;
+    /// Value of the words of [`GAPS_SETTLED`] that no counter has: nothing is settled.
+    pub const UNSETTLED: u64 = u64::MAX;
+}
+
+/// What calls of the fsync class wait for, and the host's one map of threads that are stopped before
+/// a gate. A key of that map is the thread (`thread group << 32 | thread`), the volume's device, and
+/// when the wait began in nanoseconds of the monotonic clock: no key comes twice.
+pub mod held {
+    /// Version of the host's maps, part of their names: builds with different ones share none.
+    pub const VERSION: u32 = 1;
+    /// Words of a key.
+    pub const KEY_WORDS: usize = 3;
+    /// Key: the thread.
+    pub const THREAD: usize = 0;
+    /// Key: the kernel's number of the volume's device.
+    pub const DEVICE: usize = 1;
+    /// Key: when the wait began.
+    pub const SINCE_NS: usize = 2;
+
+    /// Value: the ring position that must be passed; [`UNTIL_CLOSED`] if only the end of the epoch
+    /// helps.
+    pub const POSITION: usize = 0;
+    /// Value: which word of the control map tells how far the gate is open, for this one.
+    pub const OPEN_WORD: usize = 1;
+    /// Value: [`super::control::GATE_GENERATION`] when the thread began to wait.
+    pub const GENERATION: usize = 2;
+    /// Value: when the thread group began, in clock ticks since boot.
+    pub const STARTED_TICKS: usize = 3;
+    /// Value: [`STOPPING`], [`STOPPED`] or [`PASSED`].
+    pub const STATE: usize = 4;
+    /// Words of a value.
+    pub const WORDS: usize = 5;
+
+    /// The programs may still send the stop signal: the group must not be continued.
+    pub const STOPPING: u64 = 0;
+    /// The stop signal is sent.
+    pub const STOPPED: u64 = 1;
+    /// Agent: as far as this volume is concerned the thread may go on.
+    pub const PASSED: u64 = 2;
+    /// A position that no record has.
+    pub const UNTIL_CLOSED: u64 = u64::MAX - 1;
+
+    /// Value of the map of held thread groups: the signal by which somebody else has stopped the
+    /// group meanwhile; 0 if nobody has.
+    pub const GROUP_SIGNAL: usize = 0;
+    /// Value of the map of held thread groups: when it began, in clock ticks since boot.
+    pub const GROUP_STARTED_TICKS: usize = 1;
+    /// Words of a value of the map of held thread groups.
+    pub const GROUP_WORDS: usize = 2;
+
+    /// Word of the host: the thread group that continues others, while it does.
+    pub const CONTINUER: usize = 0;
+    /// Word of the host: when that group began, in clock ticks since boot.
+    pub const CONTINUER_TICKS: usize = 1;
+    /// Word of the host: which of [`TURNS`] was made odd, plus 1; 0 if none is.
+    pub const TURN_UNDER_WAY: usize = 2;
+    /// Words of the host, by thread group modulo their number: odd while a group is being continued.
+    pub const TURNS: usize = 64;
+    /// How many there are: a power of two.
+    pub const TURN_COUNT: usize = 256;
+    /// Words of the host.
+    pub const HOST_WORDS: usize = 512;
+
+    /// The ring position that an fsync-class call on one file must wait for.
+    ///
+    /// - `seen_before`: where the ring stood after the call had begun, if everything that anybody could
+    ///   see of the file by then had its record before that position; `None` if that is not known
+    ///   (somebody was changing the file just then).
+    /// - `mark_end`: where the call's own mark ends in the ring; `None` if there was no room for it.
+    /// - `is_log_whole`: no change is unaccounted for that was noticed and not captured: all such gaps
+    ///   are settled, see [`super::control::GAPS_SETTLED`].
+    ///
+    /// The log is a prefix of what happened. If it is whole, a replay that contains everything before
+    /// `seen_before` shows what the call confirms, or what came later. Only what the log does not hold
+    /// needs the mark, which keeps older records off it.
+    #[must_use]
+    pub const fn position_to_wait_for(
+        seen_before: Option<u64>,
+        mark_end: Option<u64>,
+        is_log_whole: bool,
+    ) -> u64 {
+        match (seen_before, mark_end) {
+            // A mark that is lost is itself a change that the log lacks.
+            (_, None) => UNTIL_CLOSED,
+            (Some(position), Some(_)) if is_log_whole => position,
+            (_, Some(end)) => end,
+        }
+    }
 }
 
 /// Elements of the control map's one value.
@@ -274,3 +401,27 @@ const _: () = assert!(size_of::<AttrBody>() == 64);
 
 /// `ATTR_SIZE` of `struct iattr::ia_valid` (include/linux/fs.h, same in 6.1 to 6.18).
 pub const ATTR_SIZE: u64 = 1 << 3;
+
+#[cfg(test)]
+mod tests {
+    use super::held::{UNTIL_CLOSED, position_to_wait_for};
+
+    #[test]
+    fn a_whole_log_is_waited_for_up_to_where_the_call_began() {
+        assert_eq!(position_to_wait_for(Some(64), Some(256), true), 64);
+    }
+
+    #[test]
+    fn what_the_log_may_lack_waits_for_the_mark() {
+        assert_eq!(position_to_wait_for(None, Some(256), true), 256);
+        assert_eq!(position_to_wait_for(Some(64), Some(256), false), 256);
+        assert_eq!(position_to_wait_for(None, Some(256), false), 256);
+    }
+
+    #[test]
+    fn without_a_mark_only_the_end_of_the_epoch_helps() {
+        for (before, is_whole) in [(Some(64), true), (Some(64), false), (None, true)] {
+            assert_eq!(position_to_wait_for(before, None, is_whole), UNTIL_CLOSED);
+        }
+    }
+}

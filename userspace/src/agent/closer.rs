@@ -38,14 +38,6 @@ pub trait Meanwhile {
     fn turn(&mut self);
 }
 
-/// Nothing goes on: there is no capture.
-pub struct Nothing;
-
-impl Meanwhile for Nothing {
-    fn open_gates(&mut self, _: &Proven) {}
-    fn turn(&mut self) {}
-}
-
 /// An epoch that is not proven closed.
 #[derive(Clone, Debug)]
 pub struct Unclosed {

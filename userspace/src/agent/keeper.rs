@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-use super::closer::{Closer, Nothing, left};
+use super::closer::{Closer, Meanwhile as _, left};
+use super::draining::PinnedGates;
 use super::node::{Node, lock};
 use super::owner::{Left, Owner};
 use super::successor::{Successor, run_serve_command};
@@ -24,12 +25,15 @@ use crate::cluster::ownership::{
 use crate::cluster::questions::Question;
 use crate::cluster::takeover::{Cause, Progress, Stamp, Takeover, TakeoverDriver as _};
 use crate::config::{MountBy, Volume};
+use crate::durability::closing::Proven;
 use crate::events::Event;
 use crate::status::{PeerState, Protection, Role};
 
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 const DECIDE_EVERY: Duration = Duration::from_secs(1);
 const STEP_RETRY: Duration = Duration::from_secs(2);
+/// Longest rest before capture is tried again where it failed.
+const CAPTURE_RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// Where a takeover begins.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,6 +55,10 @@ pub struct Keeper {
     unproven: Cell<bool>,
     /// The volume was mounted, and nobody was told yet.
     untold: Cell<bool>,
+    /// How often capture has failed since it last worked.
+    capture_failures: Cell<u32>,
+    /// What was open was closed and proven since.
+    is_proven_closed: Cell<bool>,
 }
 
 /// What follows.
@@ -70,6 +78,8 @@ impl Keeper {
             board,
             unproven: Cell::new(true),
             untold: Cell::new(false),
+            capture_failures: Cell::new(0),
+            is_proven_closed: Cell::new(false),
         }
     }
 
@@ -186,6 +196,7 @@ impl Keeper {
     /// Holds the region until the owner dies.
     fn mirror(&self) -> Next {
         let name = &self.volume.name;
+        self.abandon_capture();
         if let Some(host) = self.node.regions.get(name) {
             lock(host).unseal();
         }
@@ -266,6 +277,7 @@ impl Keeper {
     }
 
     fn take_over(&self, begin: Begin) -> Next {
+        self.abandon_capture();
         let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
         let silent_for = lock(&self.node.peer_view).silent_for;
         let detected: (Stamp, Duration) = (driver.now(), silent_for);
@@ -363,6 +375,11 @@ impl Keeper {
         }
         match mounts::find(&self.volume)? {
             MountState::NotMounted => {
+                // Programs of an earlier mount would have this agent's own work wait at their gate. Where
+                // somebody is held they stay, and know this agent.
+                if let Err(error) = Capture::detach(&self.volume.name) {
+                    tracing::warn!(volume = %self.volume.name, "{error}");
+                }
                 std::fs::create_dir_all(&self.volume.mount_point)?;
                 mounts::mount(&self.volume)?;
                 Ok(true)
@@ -383,6 +400,9 @@ impl Keeper {
 
     fn serve(&self) -> Next {
         let name = &self.volume.name;
+        if let Err(error) = Capture::claim(name) {
+            tracing::error!(volume = %name, "{error}");
+        }
         if self.is_claimed_away() {
             self.leave_the_volume();
             return Next::Decide;
@@ -406,16 +426,24 @@ impl Keeper {
             let reason = "the volume is served; capture is being attached and calibrated";
             self.say(Role::Owner, Protection::Alone, reason);
         }
-        let mut owner = match Owner::new(&self.node, &self.volume, Arc::clone(&self.board)) {
+        let is_proven_closed = self.is_proven_closed.replace(false);
+        let board = Arc::clone(&self.board);
+        let mut owner = match Owner::new(&self.node, &self.volume, board, is_proven_closed) {
             Ok(owner) => owner,
             Err(error) => {
                 let reason = format!("the volume is served without protection: {error:#}");
                 self.say(Role::Owner, Protection::Exposed, &reason);
-                self.close_without_capture();
-                self.node.pause(STEP_RETRY);
+                // Once is enough: nothing opens an epoch without capture.
+                let is_closed = is_proven_closed || self.close_without_capture();
+                self.is_proven_closed.set(is_closed);
+                let failures = self.capture_failures.get();
+                self.capture_failures.set(failures.saturating_add(1));
+                let rest = STEP_RETRY.saturating_mul(1 << failures.min(10));
+                self.node.pause(rest.min(CAPTURE_RETRY_MAX));
                 return Next::Serve;
             }
         };
+        self.capture_failures.set(0);
         match owner.run() {
             Left::Stopping => Next::Stop,
             Left::ClaimedByPeer => {
@@ -442,29 +470,55 @@ impl Keeper {
         }
         let because = "this node mounted the volume and nothing holds its gates";
         if let Some(unclosed) = left(&self.node, &self.volume, because) {
+            let mut gates = PinnedGates(name);
             let closer = Closer::new(&self.node, &self.volume, Arc::clone(&self.board));
             let mut closer = closer.context("the volume is mounted and not served")?;
             anyhow::ensure!(
-                closer.close(&unclosed, &mut Nothing),
+                closer.close(&unclosed, &mut gates),
                 "the volume is mounted and not served: epoch {} could not be closed before",
                 unclosed.epoch
             );
         }
         self.unproven.set(false);
+        self.is_proven_closed.set(true);
         Ok(())
     }
 
-    /// Nothing will be mirrored: what an earlier agent left open must not be replayed later.
-    fn close_without_capture(&self) {
-        match Closer::new(&self.node, &self.volume, Arc::clone(&self.board)) {
-            Ok(mut closer) => {
-                let left = closer.left("capture does not work");
-                // What ended before has no gates here that its proof would open.
-                if let Some(unclosed) = left.filter(|left| left.reason.is_some()) {
-                    closer.close(&unclosed, &mut Nothing);
+    /// Nothing will be mirrored: what an earlier agent left open must not be replayed later. Whether
+    /// that is proven.
+    fn close_without_capture(&self) -> bool {
+        let mut closer = match Closer::new(&self.node, &self.volume, Arc::clone(&self.board)) {
+            Ok(closer) => closer,
+            Err(error) => {
+                tracing::error!(volume = %self.volume.name, %error, "cannot close");
+                return false;
+            }
+        };
+        let mut gates = PinnedGates(&self.volume.name);
+        // One that is closed already is proven again: only then may anything pass.
+        match closer.left("capture does not work") {
+            Some(unclosed) => closer.close(&unclosed, &mut gates),
+            None => {
+                gates.open_gates(&Proven::without_sentinel());
+                true
+            }
+        }
+    }
+
+    /// The volume is another's: programs that an earlier agent left would hold whoever touches it.
+    fn abandon_capture(&self) {
+        let volume = &self.volume.name;
+        match Capture::abandon(volume) {
+            Ok(killed) => {
+                for pid in killed {
+                    tracing::error!(
+                        %volume, pid,
+                        "a process was killed: it waited for the answer to an fsync that the new owner of \
+                         the volume knows nothing of"
+                    );
                 }
             }
-            Err(error) => tracing::error!(volume = %self.volume.name, %error, "cannot close"),
+            Err(error) => tracing::error!(%volume, "{error}"),
         }
     }
 
@@ -475,6 +529,7 @@ impl Keeper {
             format!("{peer} has taken the volume over: this node must not touch it any more");
         tracing::error!(volume = %self.volume.name, "{reason}");
         self.say(Role::None, Protection::Suspended, &reason);
+        self.abandon_capture();
         if let Err(error) = mounts::unmount(&self.volume) {
             tracing::error!(volume = %self.volume.name, %error, "the volume cannot be unmounted");
         }

@@ -9,27 +9,30 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use twinwrite_abi::control;
 
 use super::clock::duration;
-use super::closer::{Closer, Meanwhile, Nothing, Unclosed};
+use super::closer::{Closer, Meanwhile as _, Unclosed};
+use super::door::{Door, Opened};
+use super::draining::{Draining, PinnedGates, drain, drain_to_the_end};
 use super::filesystem_uuid::filesystem_uuid;
 use super::filler::Filler;
 use super::fitness;
+use super::gate_probe;
+use super::gatekeeper::Gatekeeper;
 use super::node::Node;
 use super::pump::{Ended, Limits, Parts, Pump, Standing, Turn, events_lost};
 use crate::board::VolumeBoard;
 use crate::capture::{
     Capture, CaptureOptions, Continuity, Filesystem, GapCounts, Need, RingConsumer, calibrate,
-    kernel_device,
+    kernel_device, may_skip_hooks,
 };
-use crate::cluster::claim::EpochState;
-use crate::cluster::control::{RegionState, Request, Response};
+use crate::cluster::control::{Request, Response};
 use crate::cluster::ownership::is_claimed_by_peer;
 use crate::config::Volume;
 use crate::durability::closing::Proven;
-use crate::events::Event;
 use crate::ids::{Epoch, RingPos, Seq};
-use crate::link::{Link, RingSource};
+use crate::link::Link;
 use crate::region::scan::Tail;
 use crate::replay::sentinel;
 use crate::status::{PeerState, Protection, Role};
@@ -44,6 +47,16 @@ const COUNTERS_BUSY: Duration = Duration::from_millis(50);
 const COUNTERS_IDLE: Duration = Duration::from_secs(1);
 /// A gap that ended an epoch is often followed by more of its kind.
 const GAP_REST: Duration = Duration::from_millis(500);
+/// Longest look of a waiting thread at the gate before it is stopped. Stopping and continuing it
+/// costs about as much.
+const GATE_POLL_NS: u64 = 200_000;
+/// Environment variable that switches the gate off; for tests that show what happens without it.
+const GATE_OFF_VARIABLE: &str = "TWINWRITE_TEST_GATE_OFF";
+/// What is shown then.
+const GATE_IS_OFF: &str = "the gate is switched off by TWINWRITE_TEST_GATE_OFF: what an fsync confirms can be \
+    reverted";
+/// Longest rest before a gate that did not hold is tried again.
+const PROBE_REST_MAX: Duration = Duration::from_secs(300);
 /// Longest sleep of the pump.
 const SLEEP: Duration = Duration::from_millis(250);
 
@@ -64,6 +77,9 @@ pub struct Owner<'a> {
     capture: Capture,
     ring: RingConsumer,
     filler: Filler,
+    gatekeeper: Gatekeeper,
+    /// The gate was seen to hold, by this agent or the one before.
+    gate_proven: bool,
     closer: Closer<'a>,
     filesystem_uuid: [u8; 16],
     last_epoch: Epoch,
@@ -73,14 +89,13 @@ pub struct Owner<'a> {
     resume_until: Instant,
     /// Changes that this kernel does not even let be noticed.
     blind_spots: Vec<String>,
-}
-
-/// A link to the region, and what the region holds.
-struct Opened {
-    link: Box<dyn Link>,
-    epoch: Epoch,
-    open: bool,
-    tail: Option<Box<Tail>>,
+    /// A test has switched the gate off.
+    gate_off: bool,
+    /// When a gate that did not hold is tried again, and how long the rest before was.
+    probe_at: Instant,
+    probe_rest: Duration,
+    /// A gap ended the epoch that is to be closed.
+    gap_rest: bool,
 }
 
 /// An epoch about to run.
@@ -92,7 +107,8 @@ struct Session {
 }
 
 impl<'a> Owner<'a> {
-    /// Captures the mounted volume.
+    /// Captures the mounted volume. `is_proven_closed`: the caller has closed what was open, and
+    /// proven it, since the last epoch.
     ///
     /// # Errors
     /// What failed, with the remedy.
@@ -100,6 +116,7 @@ impl<'a> Owner<'a> {
         node: &'a Arc<Node>,
         volume: &'a Volume,
         board: Arc<VolumeBoard>,
+        is_proven_closed: bool,
     ) -> anyhow::Result<Self> {
         let mount = &volume.mount_point;
         fitness::check(volume)?;
@@ -111,15 +128,33 @@ impl<'a> Owner<'a> {
         };
         // The agent's own directory and sentinel are made now, before anything is captured for good.
         let mut closer = Closer::new(node, volume, Arc::clone(&board))?;
-        if !Capture::can_be_resumed(&options) {
-            close_before_attaching(&mut closer)?;
+        if !is_proven_closed && !Capture::can_be_resumed(&options) {
+            close_before_attaching(&mut closer, &volume.name)?;
         }
-        let capture = Capture::attach(&options).context("attaching the capture programs")?;
+        let mut capture = Capture::attach(&options).context("attaching the capture programs")?;
         if !capture.resumed() {
             calibrate(&capture, mount).context("calibrating the hooks on this kernel")?;
         }
         let last_epoch = sentinel::read(mount).map_or(Epoch(0), |s| s.epoch);
-        let unclosed = closer.left("another agent ended, and this one cannot go on with it");
+        let control = capture.control();
+        control.set(control::GATE_POLL_NS, GATE_POLL_NS);
+        let gate_off = std::env::var_os(GATE_OFF_VARIABLE).is_some();
+        if gate_off {
+            tracing::error!(volume = %volume.name, "{GATE_IS_OFF}");
+        }
+        control.set(control::GATE_OFF, u64::from(gate_off));
+        let gate = capture.take_gate().context("the maps of the gate")?;
+        let gatekeeper = Gatekeeper::start(gate, capture.control().clone(), Arc::clone(&board))?;
+        // New programs come only where everything is closed and proven.
+        let unclosed = if capture.resumed() {
+            closer.left("another agent ended, and this one cannot go on with it")
+        } else {
+            None
+        };
+        if unclosed.is_none() {
+            // Without an epoch there never was one, or its end has just been proven.
+            gatekeeper.open(&Proven::without_sentinel());
+        }
         // What ended before is not waited for.
         let resume_for = match &unclosed {
             Some(Unclosed { reason: None, .. }) | None => Duration::ZERO,
@@ -131,6 +166,12 @@ impl<'a> Owner<'a> {
             board,
             ring: capture.consumer()?,
             filler: Filler::start(mount)?,
+            gatekeeper,
+            gate_off,
+            gate_proven: gate_off,
+            probe_at: Instant::now(),
+            probe_rest: RETRY,
+            gap_rest: false,
             closer,
             filesystem_uuid: filesystem_uuid(&volume.device, &volume.filesystem)?,
             last_epoch,
@@ -163,6 +204,7 @@ impl<'a> Owner<'a> {
                 Ok(Some(session)) => {
                     let epoch = session.tail.epoch;
                     let ended = self.mirror(session);
+                    self.gatekeeper.hold();
                     if self.node.restarting() {
                         // It goes on, and the next agent mirrors what the programs capture meanwhile;
                         // unless it had to end just now, which that agent then does.
@@ -179,9 +221,7 @@ impl<'a> Owner<'a> {
                         Protection::Exposed,
                         &format!("epoch {epoch} ended: {ended}"),
                     );
-                    if matches!(ended, Ended::Gap(_)) {
-                        self.node.pause(GAP_REST);
-                    }
+                    self.gap_rest = matches!(ended, Ended::Gap(_));
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -232,6 +272,9 @@ impl<'a> Owner<'a> {
         }
         if !self.close() {
             self.node.pause(RETRY);
+        } else if std::mem::take(&mut self.gap_rest) {
+            // Only now: until the epoch was closed everybody had to wait.
+            self.idle(GAP_REST);
         }
         Ok(None)
     }
@@ -243,11 +286,12 @@ impl<'a> Owner<'a> {
         };
         // First of all, so that no later agent goes on with what was half closed.
         Continuity::clear(self.capture.control());
-        let mut drain = Drain {
+        let mut draining = Draining {
             volume: &self.volume.name,
+            gatekeeper: &self.gatekeeper,
             ring: &mut self.ring,
         };
-        let closed = self.closer.close(unclosed, &mut drain);
+        let closed = self.closer.close(unclosed, &mut draining);
         if closed {
             self.unclosed = None;
         }
@@ -262,22 +306,6 @@ impl<'a> Owner<'a> {
                 tracing::error!(volume = %self.volume.name, %error, "the ring cannot be read");
             }
             std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Drains until nothing is half written: where an epoch may begin.
-    fn drain_to_the_end(&mut self) -> anyhow::Result<RingPos> {
-        let deadline = Instant::now() + Duration::from_secs(2);
-        loop {
-            drain(&mut self.ring)?;
-            if self.ring.cursor() == self.ring.producer() {
-                return Ok(self.ring.cursor());
-            }
-            anyhow::ensure!(
-                Instant::now() < deadline,
-                "a record stays half written in the ring"
-            );
-            std::thread::yield_now();
         }
     }
 
@@ -322,6 +350,8 @@ impl<'a> Owner<'a> {
             "going on with the running epoch"
         );
         self.last_epoch = left.epoch;
+        self.gate_proven = true;
+        self.gatekeeper.resume(self.ring.producer());
         let (tail, gaps_proven) = (**tail, left.gaps);
         Ok(Some(Session {
             link: opened.link,
@@ -332,6 +362,7 @@ impl<'a> Owner<'a> {
     }
 
     fn begin_new(&mut self, opened: Opened) -> anyhow::Result<Session> {
+        self.prove_gate()?;
         let claim = self.node.ledger.claim(&self.volume.name);
         let claimed = claim.map_or(Epoch(0), |claim| claim.epoch);
         Continuity::clear(self.capture.control());
@@ -347,12 +378,15 @@ impl<'a> Owner<'a> {
             Response::EpochBegun => {}
             other => anyhow::bail!("an unexpected answer: {other:?}"),
         }
-        let ring_start = self.drain_to_the_end()?;
-        // Read after the ring's place is fixed: what is lost later is lost in this epoch.
+        let begun = self.shut_and_begin();
+        let (ring_start, recursion_misses, drops, gaps) = begun.inspect_err(|_| {
+            // Nothing was written into its region; the proof that none can be merged opens the gate.
+            self.unclosed = Some(Unclosed {
+                epoch,
+                reason: None,
+            });
+        })?;
         let control = self.capture.control();
-        let recursion_misses = self.capture.recursion_misses()?;
-        let (drops, gaps) = (control.drops(), control.gaps());
-        control.acknowledge_gaps(&gaps);
         let seq_base = Seq(0);
         Continuity {
             epoch,
@@ -372,6 +406,43 @@ impl<'a> Owner<'a> {
             lost_at_start,
             gaps_proven: gaps,
         })
+    }
+
+    /// Shuts the gate for an epoch; where its records begin, and what was lost before.
+    fn shut_and_begin(&mut self) -> anyhow::Result<(RingPos, u64, u64, GapCounts)> {
+        let control = self.capture.control();
+        // A page that was dirtied through a mapping before can be changed unseen.
+        control.settle_gaps(None);
+        // Whoever passed before this has its mark in what is drained now, and not in the epoch.
+        self.gatekeeper.shut(self.ring.producer());
+        let ring_start = drain_to_the_end(&mut self.ring)?;
+        // Read after the ring's place is fixed: what is lost later is lost in this epoch.
+        let recursion_misses = self.capture.recursion_misses()?;
+        let (drops, gaps) = (control.drops(), control.gaps());
+        control.acknowledge_gaps(&gaps);
+        // What was lost before the counters were read is nobody's loss in this epoch.
+        self.gatekeeper.begin(ring_start);
+        Ok((ring_start, recursion_misses, drops, gaps))
+    }
+
+    /// Proves once that the gate holds. One that fails is tried again later and later: everybody waits
+    /// meanwhile.
+    fn prove_gate(&mut self) -> anyhow::Result<()> {
+        if self.gate_proven {
+            return Ok(());
+        }
+        anyhow::ensure!(
+            Instant::now() >= self.probe_at,
+            "the gate did not hold when it was tried; it will be tried again"
+        );
+        let proof = gate_probe::prove(&self.volume.mount_point, &self.gatekeeper);
+        if proof.is_err() {
+            self.probe_rest = (self.probe_rest * 2).min(PROBE_REST_MAX);
+            self.probe_at = Instant::now() + self.probe_rest;
+        }
+        proof.context("the gate does not hold on this kernel")?;
+        self.gate_proven = true;
+        Ok(())
     }
 
     /// Runs one epoch to its end.
@@ -395,6 +466,8 @@ impl<'a> Owner<'a> {
             .set(self.volume.region_bytes.as_u64());
         let capture = &self.capture;
         let misses = || capture.recursion_misses();
+        // Where the kernel can skip a hook, a mark may not pass before that was looked for.
+        let cautious = may_skip_hooks();
         let mut recursion_misses = misses()?;
         let mut asked_at = Instant::now();
         let parts = Parts {
@@ -402,6 +475,8 @@ impl<'a> Owner<'a> {
             control: capture.control(),
             filler: &mut self.filler,
             checkpointer: self.closer.checkpointer(),
+            gatekeeper: &self.gatekeeper,
+            may_skip_hooks: cautious,
             board: Arc::clone(&self.board),
         };
         let mut pump = Pump::new(
@@ -423,6 +498,9 @@ impl<'a> Owner<'a> {
             } else {
                 COUNTERS_IDLE
             };
+            if cautious && pump.is_gate_behind() {
+                recursion_misses = misses()?;
+            }
             if asked_at.elapsed() >= due {
                 recursion_misses = misses()?;
                 asked_at = Instant::now();
@@ -464,11 +542,17 @@ impl<'a> Owner<'a> {
                 unlinked_since = None;
             }
             let standing = pump.standing();
-            if standing == Standing::Protected && !opened_epoch && self.blind_spots.is_empty() {
+            let is_blind = !self.blind_spots.is_empty();
+            if standing == Standing::Protected && !opened_epoch && !is_blind {
                 door.publish_open(epoch)?;
                 opened_epoch = true;
             }
-            door.show(&self.board, &self.blind_spots, &standing);
+            if self.gate_off && standing == Standing::Protected {
+                self.board
+                    .say(Role::Owner, Protection::Exposed, GATE_IS_OFF);
+            } else {
+                door.show(&self.board, &self.blind_spots, &standing);
+            }
             if turn == Turn::Idle {
                 let longest = if pump.is_linked() {
                     SLEEP
@@ -482,45 +566,19 @@ impl<'a> Owner<'a> {
 }
 
 /// Between programs that are taken away and new ones nothing is captured and no gate holds: an epoch
-/// that an earlier agent left open must be closed before.
-fn close_before_attaching(closer: &mut Closer<'_>) -> anyhow::Result<()> {
-    let left = closer.left("this agent brings other programs than the one before");
-    if let Some(unclosed) = left.filter(|left| left.reason.is_some()) {
-        anyhow::ensure!(
-            closer.close(&unclosed, &mut Nothing),
+/// that an earlier agent left open must be closed before, and who waits at the old programs' gate go on.
+/// One that is closed is proven again.
+fn close_before_attaching(closer: &mut Closer<'_>, volume: &str) -> anyhow::Result<()> {
+    let mut gates = PinnedGates(volume);
+    match closer.left("this agent brings other programs than the one before") {
+        Some(unclosed) => anyhow::ensure!(
+            closer.close(&unclosed, &mut gates),
             "epoch {} could not be closed before the programs are attached anew",
             unclosed.epoch
-        );
+        ),
+        None => gates.open_gates(&Proven::without_sentinel()),
     }
     Ok(())
-}
-
-/// Reads everything and throws it away.
-fn drain(ring: &mut RingConsumer) -> anyhow::Result<()> {
-    while let Some(run) = ring.peek(usize::MAX)? {
-        let end = RingPos(run.start.0 + run.bytes.len() as u64);
-        ring.advance_to(end)?;
-        ring.release_to(end)?;
-    }
-    Ok(())
-}
-
-/// While an epoch is closed nobody needs the records, and what waits must not find the ring full.
-struct Drain<'a> {
-    volume: &'a str,
-    ring: &'a mut RingConsumer,
-}
-
-impl Meanwhile for Drain<'_> {
-    fn open_gates(&mut self, _: &Proven) {
-        tracing::debug!(volume = self.volume, "no region can be merged any more");
-    }
-
-    fn turn(&mut self) {
-        if let Err(error) = drain(self.ring) {
-            tracing::error!(volume = self.volume, %error, "the ring cannot be read");
-        }
-    }
 }
 
 /// What this kernel does not even let be noticed.
@@ -535,95 +593,4 @@ fn blind_spots(capture: &Capture) -> Vec<String> {
     let no_bpf = !security.trim().split(',').any(|module| module == "bpf");
     let ioctls = no_bpf.then(|| "file_ioctl (add bpf to the boot parameter lsm=)".to_owned());
     disabled.chain(ioctls).collect()
-}
-
-/// The way to the mirror's region, and to everybody who must know of the epoch, while the pump
-/// borrows the rest of the owner.
-struct Door<'a> {
-    node: &'a Node,
-    volume: &'a Volume,
-    filesystem_uuid: [u8; 16],
-    source: RingSource,
-}
-
-impl Door<'_> {
-    /// A link without traffic does not notice that the other end is gone; heartbeats do.
-    fn mirror_is_silent(&self) -> Option<String> {
-        let peer = &self.node.peer;
-        match self.node.peer_state() {
-            PeerState::Dead => Some(format!("{peer} is silent on both paths")),
-            PeerState::LinkSilent => Some(format!("{peer} is silent on the link")),
-            PeerState::Alive | PeerState::MailboxSilent | PeerState::Unknown => None,
-        }
-    }
-
-    fn is_leaving(&self) -> bool {
-        if self.node.stopping() {
-            return true;
-        }
-        let Some(own) = self.node.ledger.claim(&self.volume.name) else {
-            return false;
-        };
-        let peer = self.node.ledger.peer_word(&self.volume.name);
-        is_claimed_by_peer(&own, &self.node.id, &peer)
-    }
-
-    /// A fresh link to the region; the one before is shut out by it.
-    fn open(&self) -> anyhow::Result<Opened> {
-        let outgoing = self.node.transport.outgoing(Some(self.source.clone()))?;
-        let request = Request::OpenRegion {
-            volume: self.volume.name.clone(),
-            filesystem_uuid: self.filesystem_uuid,
-            region_bytes: self.volume.region_bytes.as_u64(),
-            owner_endpoint: outgoing.endpoint(),
-        };
-        match self.node.ask(request)? {
-            Response::RegionOpened {
-                endpoint,
-                epoch,
-                state,
-                tail,
-            } => Ok(Opened {
-                link: outgoing.connect(&endpoint)?,
-                epoch,
-                open: state == RegionState::Open,
-                tail,
-            }),
-            other => anyhow::bail!("an unexpected answer: {other:?}"),
-        }
-    }
-
-    /// Tells both places that the epoch is open: from here on a takeover merges the region.
-    fn publish_open(&self, epoch: Epoch) -> Result<(), Ended> {
-        let volume = &self.volume.name;
-        self.node
-            .ledger
-            .update(volume, |claim| {
-                claim.epoch = epoch;
-                claim.epoch_state = EpochState::Open;
-            })
-            .map_err(|error| Ended::Ledger(error.to_string()))?;
-        self.node.events.record(Event::EpochOpened {
-            volume: volume.clone(),
-            epoch,
-        });
-        Ok(())
-    }
-
-    fn show(&self, board: &VolumeBoard, blind_spots: &[String], standing: &Standing) {
-        match standing {
-            Standing::Beginning => {}
-            Standing::Exposed(reason) => board.say(Role::Owner, Protection::Exposed, reason),
-            Standing::Protected if blind_spots.is_empty() => {
-                board.say(Role::Owner, Protection::Protected, "");
-            }
-            Standing::Protected => {
-                let text = format!(
-                    "this kernel does not show changes that pass {}: see `twinwrite doctor`",
-                    blind_spots.join(", ")
-                );
-                board.say(Role::Owner, Protection::Exposed, &text);
-            }
-        }
-    }
 }

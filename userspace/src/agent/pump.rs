@@ -15,6 +15,7 @@ use twinwrite_abi::gap;
 use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
 use super::clock::Clock;
 use super::filler::{Filler, Wanted};
+use super::gatekeeper::Gatekeeper;
 use crate::board::VolumeBoard;
 use crate::capture::{CaptureError, Control, GapCounts, RingConsumer, Woken};
 use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason, ENDING_GAPS};
@@ -98,6 +99,11 @@ pub struct Pump<'a> {
     /// Bytes that were read, and the ring position behind every change they may show.
     filled: Option<(Wanted, Vec<u8>, RingPos)>,
     checkpointer: &'a mut Checkpointer,
+    gatekeeper: &'a Gatekeeper,
+    /// Where the gate stands, and where it may stand once the counters were read again.
+    gate_open_to: RingPos,
+    gate_next: RingPos,
+    may_skip_hooks: bool,
     board: Arc<VolumeBoard>,
     clock: Clock,
     core: MirrorCore,
@@ -114,7 +120,14 @@ pub struct Pump<'a> {
     /// Gap counts that the checkpoint under way covers, and the last proven one.
     gaps_at_checkpoint: GapCounts,
     gaps_proven: GapCounts,
+    /// What a checkpoint before the last proven one covered already.
+    gaps_proven_before: Option<GapCounts>,
     gaps_at_start: GapCounts,
+    /// Proofs wanted: from before the newest records were taken, and of the last checkpoint begun.
+    proofs_whole: u64,
+    proofs_at_checkpoint: u64,
+    /// Where the ring stood when the checkpoint under way began.
+    ring_at_checkpoint: RingPos,
     begun: bool,
     planner: CheckpointPlanner,
     gap_checkpoint_at: Option<Instant>,
@@ -144,6 +157,10 @@ pub struct Parts<'a> {
     pub filler: &'a mut Filler,
     /// For checkpoints.
     pub checkpointer: &'a mut Checkpointer,
+    /// Continues who may pass the gate.
+    pub gatekeeper: &'a Gatekeeper,
+    /// This kernel can skip a program, which its counters tell.
+    pub may_skip_hooks: bool,
     /// Where progress is shown.
     pub board: Arc<VolumeBoard>,
 }
@@ -189,6 +206,10 @@ impl<'a> Pump<'a> {
             filler: parts.filler,
             filled: None,
             checkpointer: parts.checkpointer,
+            gatekeeper: parts.gatekeeper,
+            gate_open_to: RingPos(0),
+            gate_next: RingPos(0),
+            may_skip_hooks: parts.may_skip_hooks,
             board: parts.board,
             clock,
             live: LiveLog::new(tail.head.seq, tail.end.next_seq),
@@ -202,7 +223,11 @@ impl<'a> Pump<'a> {
             gaps_whole: gaps_proven,
             gaps_at_checkpoint: gaps_proven,
             gaps_proven,
+            gaps_proven_before: None,
             gaps_at_start: gaps_proven,
+            proofs_whole: 0,
+            proofs_at_checkpoint: 0,
+            ring_at_checkpoint: RingPos(0),
             begun: false,
             planner,
             gap_checkpoint_at: None,
@@ -236,10 +261,12 @@ impl<'a> Pump<'a> {
         self.core.tick(self.clock.now_us(), self.clock.time_ns());
         // A checkpoint that covers a gap must have every older record before its S: a replay would
         // lay one behind S over what the checkpoint has saved.
-        let (gaps, producer) = (self.control.gaps(), self.ring.producer());
+        // In the same way a call that wants a proof was counted behind all that it confirms.
+        let (gaps, proofs) = (self.control.gaps(), self.control.proofs_wanted());
+        let producer = self.ring.producer();
         let mut worked = self.take_records()?;
         if self.core.captured_end() >= producer {
-            self.gaps_whole = gaps;
+            (self.gaps_whole, self.proofs_whole) = (gaps, proofs);
         }
         worked |= self.poll_link()?;
         worked |= self.see_fill()?;
@@ -262,6 +289,7 @@ impl<'a> Pump<'a> {
             return Err(Ended::EventsLost(text));
         }
         self.end_if_unfit()?;
+        worked |= self.move_gate();
         self.board.turned();
         if worked {
             self.show_progress();
@@ -270,6 +298,26 @@ impl<'a> Pump<'a> {
             self.refresh();
         }
         Ok(if worked { Turn::Worked } else { Turn::Idle })
+    }
+
+    /// Lets pass what is mirrored; whether there is more to let pass. Only after the counters of what was
+    /// lost or not captured were read: such a change was counted before the call that confirms it began.
+    /// What this turn has mirrored may rest on a change that was skipped after the counters of skipped
+    /// programs were read, so it passes with the next turn.
+    fn move_gate(&mut self) -> bool {
+        let now = self.core.gate_open_to();
+        let before = std::mem::replace(&mut self.gate_next, now);
+        let open_to = if self.may_skip_hooks { before } else { now };
+        if open_to > self.gate_open_to {
+            self.gate_open_to = open_to;
+            self.gatekeeper.mirrored(open_to);
+        }
+        self.is_gate_behind()
+    }
+
+    /// Whether more may pass once the counters of skipped programs were read anew.
+    pub fn is_gate_behind(&self) -> bool {
+        self.gate_next > self.gate_open_to
     }
 
     /// Ends an epoch whose log must not be replayed any more, or not soon enough.
@@ -524,8 +572,12 @@ impl<'a> Pump<'a> {
         let rested = self
             .gap_checkpoint_at
             .is_none_or(|at| at.elapsed() >= GAP_CHECKPOINT_EVERY);
-        if gaps != self.gaps_proven && rested {
+        // Also to settle them: see `proven`.
+        if self.control.gaps_settled() != Some(gaps) && rested {
             self.planner.want(CheckpointReason::Gap);
+        }
+        if self.control.proofs_wanted() != self.proofs_at_checkpoint {
+            self.planner.want(CheckpointReason::Requested);
         }
         let (now_us, age_us) = (self.clock.now_us(), self.core.oldest_unflushed_age_us());
         let Some(reason) = self.planner.poll(now_us, age_us) else {
@@ -537,6 +589,8 @@ impl<'a> Pump<'a> {
             closed: false,
         };
         self.gaps_at_checkpoint = self.gaps_whole;
+        self.proofs_at_checkpoint = self.proofs_whole;
+        self.ring_at_checkpoint = self.core.captured_end();
         if reason == CheckpointReason::Gap {
             self.gap_checkpoint_at = Some(Instant::now());
         }
@@ -566,15 +620,23 @@ impl<'a> Pump<'a> {
         self.planner.succeeded(self.clock.now_us());
         self.gaps_proven = self.gaps_at_checkpoint;
         self.control.acknowledge_gaps(&self.gaps_proven);
+        self.gatekeeper.proven_to(self.ring_at_checkpoint);
+        // A page of a mapping that was noticed before this checkpoint began could be changed unseen until
+        // the checkpoint had written it, also after a newer record of the same page. The next checkpoint
+        // covers that record.
+        let settled = self.gaps_proven_before.replace(self.gaps_proven);
+        if settled.is_some() {
+            self.control.settle_gaps(settled.as_ref());
+        }
         self.gap_in_log = self
             .gap_in_log
             .take()
             .filter(|(seq, _)| *seq > checkpoint.seq);
-        if !self.begun {
+        if !self.begun && self.control.gaps_settled().is_some() {
             self.begun = true;
             tracing::info!(
                 volume = %self.board.name, epoch = %self.core.epoch(),
-                "the first checkpoint is proven: every change is mirrored from here on"
+                "the first checkpoints are proven: every change is mirrored from here on"
             );
         }
         self.core

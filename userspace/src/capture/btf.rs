@@ -69,12 +69,26 @@ const MEMBERS: &[Member] = &[
     ("VMA_FILE", "vm_area_struct", &["vm_file"]),
     ("DIO_IOCB", "iomap_dio", &["iocb"]),
     ("DIO_FLAGS", "iomap_dio", &["flags"]),
-    ("TASK_GROUP_LEADER", "task_struct", &["group_leader"]),
-    (
-        "TASK_START_BOOTTIME",
-        "task_struct",
-        &["start_boottime", "real_start_time"],
-    ),
+    ("FILE_FLAGS", "file", &["f_flags"]),
+    ("FILE_DENTRY", "file", &["f_path.dentry", "__f_path.dentry"]),
+    ("SB_MAGIC", "super_block", &["s_magic"]),
+    ("INODE_LOCK", "inode", &["i_rwsem.count.counter"]),
+    ("INODE_DIRECT_WRITERS", "inode", &["i_dio_count.counter"]),
+    ("TASK_FLAGS", "task_struct", &["flags"]),
+    ("TASK_TGID", "task_struct", &["tgid"]),
+    ("TASK_LEADER", "task_struct", &["group_leader"]),
+    ("TASK_STARTED", "task_struct", &["start_boottime"]),
+    ("TASK_FILES", "task_struct", &["files"]),
+    ("TASK_SIGNAL", "task_struct", &["signal"]),
+    ("TASK_JOB_CONTROL", "task_struct", &["jobctl"]),
+    ("TASK_STATUS", "task_struct", &["thread_info.status"]),
+    ("SIGNAL_STOP_COUNT", "signal_struct", &["group_stop_count"]),
+    ("FILES_TABLE", "files_struct", &["fdt"]),
+    ("TABLE_MAX", "fdtable", &["max_fds"]),
+    ("TABLE_FILES", "fdtable", &["fd"]),
+    ("REGS_NUMBER", "pt_regs", &["orig_ax"]),
+    ("REGS_FIRST", "pt_regs", &["di"]),
+    ("REGS_FOURTH", "pt_regs", &["r10"]),
 ];
 
 /// As [`MEMBERS`], but a kernel may be built without them: their programs are then refused.
@@ -155,6 +169,14 @@ impl KernelTypes {
         self.btf
             .resolve_types_by_name(name)
             .is_ok_and(|types| types.iter().any(|t| matches!(t, Type::Func(_))))
+    }
+
+    /// Whether the kernel has a type name of this name, as each tracepoint has one.
+    #[must_use]
+    pub(super) fn has_typedef(&self, name: &str) -> bool {
+        self.btf
+            .resolve_types_by_name(name)
+            .is_ok_and(|types| types.iter().any(|t| matches!(t, Type::Typedef(_))))
     }
 
     /// Byte offset of `path` (`d_name.len`) in a structure, through anonymous members.

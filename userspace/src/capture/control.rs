@@ -4,12 +4,13 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use twinwrite_abi::{CONTROL_SLOTS, control, gap};
 
 use super::CaptureError;
 use super::sys::{Mapping, page_bytes};
+use crate::ids::RingPos;
 
 /// How often each gap reason occurred, by index of [`twinwrite_abi::gap`].
 pub type GapCounts = [u64; gap::COUNT];
@@ -64,6 +65,86 @@ impl Control {
         self.set(control::AGENT_START_TICKS, stat.starttime);
         self.set(control::AGENT_TGID, u64::from(std::process::id()));
         Ok(())
+    }
+
+    /// Lets pass who waits for a ring position up to this one. A thread that is held later has seen
+    /// it.
+    pub fn open_gate_to(&self, position: RingPos) {
+        self.set(control::GATE_OPEN_TO, position.0);
+        // A program counts its hold (a full barrier) and looks at the gate again.
+        fence(Ordering::SeqCst);
+    }
+
+    /// A checkpoint of what was captured up to a ring position is proven.
+    pub fn open_gate_to_proven(&self, position: RingPos) {
+        self.set(control::GATE_PROVEN_TO, position.0);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Nothing passes the gate from now on but what waits for a position up to this one.
+    pub fn shut_gate(&self, position: RingPos) {
+        // In this order: who finds the second word as it was, need not look at the first.
+        self.set(control::GATE_PROVEN_TO, 0);
+        self.set(control::GATE_OPEN_TO, position.0);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Everything that was noticed before needs to wait no longer.
+    pub fn next_gate_generation(&self) {
+        let generation = self.get(control::GATE_GENERATION);
+        self.set(control::GATE_GENERATION, generation.wrapping_add(1));
+    }
+
+    /// No epoch is open: nothing waits.
+    pub fn open_gate(&self) {
+        self.set(control::GATE_PROVEN_TO, control::GATE_OPEN);
+        self.set(control::GATE_OPEN_TO, control::GATE_OPEN);
+        self.next_gate_generation();
+        fence(Ordering::SeqCst);
+    }
+
+    /// Calls that asked for a checkpoint of what was captured before them.
+    #[must_use]
+    pub fn proofs_wanted(&self) -> u64 {
+        self.get(control::PROOFS_WANTED)
+    }
+
+    /// The gaps that nobody has to wait for any more; `None`: no gap of the epoch is settled yet.
+    #[must_use]
+    pub fn gaps_settled(&self) -> Option<GapCounts> {
+        let settled: GapCounts =
+            std::array::from_fn(|reason| self.get(control::GAPS_SETTLED + reason));
+        settled
+            .iter()
+            .all(|count| *count != control::UNSETTLED)
+            .then_some(settled)
+    }
+
+    /// Says which gaps nobody has to wait for any more.
+    pub fn settle_gaps(&self, settled: Option<&GapCounts>) {
+        for reason in 0..gap::COUNT {
+            let count = settled
+                .and_then(|settled| settled.get(reason))
+                .copied()
+                .unwrap_or(control::UNSETTLED);
+            self.set(control::GAPS_SETTLED + reason, count);
+        }
+    }
+
+    /// Calls that found the gate open, that saw it open while they looked, that were stopped.
+    #[must_use]
+    pub fn gate_counts(&self) -> [u64; 3] {
+        [
+            self.get(control::GATE_PASSED),
+            self.get(control::GATE_POLLED),
+            self.gate_holds(),
+        ]
+    }
+
+    /// Threads stopped before the gate since the programs were loaded.
+    #[must_use]
+    pub fn gate_holds(&self) -> u64 {
+        self.get(control::GATE_HOLDS)
     }
 
     /// Records submitted since the programs were loaded.

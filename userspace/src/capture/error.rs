@@ -60,6 +60,12 @@ pub enum CaptureError {
     /// The configuration asks for something impossible.
     #[error("{0}")]
     Options(String),
+    /// Programs that hold somebody cannot be taken away.
+    #[error(
+        "processes wait for the answer to an fsync on volume {0}, which was promised to nobody yet: start the \
+         agent, which mirrors it or closes the epoch, and stop it again"
+    )]
+    Held(String),
     /// The ring holds something that no program writes.
     #[error(
         "the capture ring is damaged at position {position}: {reason}; detach and begin again with a checkpoint"

@@ -17,6 +17,8 @@ pub enum Need {
     Notices(usize),
     /// Another hook sees the same on kernels that lack this one.
     Covered,
+    /// Without it others can continue a thread group that is held before the gate.
+    KeepsHeld,
 }
 
 /// How a program hangs on a kernel function.
@@ -28,6 +30,8 @@ pub enum Kind {
     Exit,
     /// On a security hook.
     Lsm,
+    /// On a tracepoint.
+    Tracepoint,
 }
 
 /// One program and the kernel function it hangs on.
@@ -93,6 +97,10 @@ pub const HOOKS: &[Hook] = &[
     hook("gap_flags", Kind::Exit, "vfs_fileattr_set", Need::Notices(gap::IOCTL)),
     hook("gap_whiteout", Kind::Exit, "vfs_rename", Need::Notices(gap::WHITEOUT)),
     hook("gap_ioctl", Kind::Lsm, "file_ioctl", Need::Notices(gap::IOCTL)),
+    hook("gate_exit", Kind::Tracepoint, "sys_exit", Need::Always),
+    hook("gate_kill", Kind::Lsm, "task_kill", Need::KeepsHeld),
+    hook("gate_continued", Kind::Tracepoint, "signal_generate", Need::Always),
+    hook("gap_fallocate_begin", Kind::Entry, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
 ];
 
 const _: () = assert!(HOOKS.len() <= 64);

@@ -18,7 +18,9 @@ use twinwrite_abi::{ABI_VERSION, control};
 
 use super::btf::{KERNEL_BTF, KernelTypes};
 use super::control::Control;
+use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
+use super::host::{self, HostLock};
 use super::object::{fingerprint, object};
 use super::sys::program_by_id;
 use super::{CaptureError, CaptureOptions};
@@ -40,8 +42,12 @@ pub(super) struct Attached {
     pub(super) control: Control,
     pub(super) programs: Vec<OwnedFd>,
     pub(super) disabled: Vec<DisabledHook>,
+    pub(super) gate: Gate,
     pub(super) resumed: bool,
 }
+
+/// The pinned maps: names in the object, and of the pins.
+const MAPS: [(&str, &str); 2] = [("CONTROL", "control"), ("RING", "ring")];
 
 /// A volume's name as that of a file. bpffs refuses some characters, so they are written as `%xx`.
 #[must_use]
@@ -81,13 +87,34 @@ pub(super) fn attach(options: &CaptureOptions) -> Result<Attached, CaptureError>
         Ok(attached) => return Ok(attached),
         Err(reason) => tracing::info!(volume = options.volume_name, "attaching anew: {reason}"),
     }
-    detach(&options.volume_name)?;
+    remove(&options.volume_name)?;
     load(&directory, options).inspect_err(|_| {
         // Half a set captures half of the changes: take it away.
-        if let Err(error) = detach(&options.volume_name) {
+        if let Err(error) = remove(&options.volume_name) {
             tracing::warn!(volume = options.volume_name, "{error}");
         }
     })
+}
+
+/// The gate of the set of programs that is pinned for a volume.
+pub(super) fn pinned_gate(volume: &str) -> Option<Gate> {
+    Gate::open(pinned_control(volume)?).ok()
+}
+
+/// Whether programs are pinned for a volume, or some of them.
+pub(super) fn is_pinned(volume: &str) -> bool {
+    pin_directory(volume).exists()
+}
+
+/// Removes the programs and pins of a volume, unless somebody is held before its gate, whom nobody
+/// could continue any more.
+pub(super) fn remove(volume: &str) -> Result<(), CaptureError> {
+    if let Some(gate) = pinned_gate(volume)
+        && !gate.own_entries().is_empty()
+    {
+        return Err(CaptureError::Held(volume.to_owned()));
+    }
+    detach(volume)
 }
 
 /// Whether [`attach`] would take over what is pinned. Changes nothing.
@@ -95,8 +122,20 @@ pub(super) fn can_be_resumed(options: &CaptureOptions) -> bool {
     reopen(&pin_directory(&options.volume_name), options).is_ok()
 }
 
-/// Removes all pins of a volume, and with them its programs.
+/// Removes all pins of a volume, and with them its programs; with those of the last volume also the
+/// host's.
 pub(super) fn detach(volume: &str) -> Result<(), CaptureError> {
+    let lock = HostLock::open()?;
+    let _taken = lock.take()?;
+    unpin(volume)?;
+    let is_last = fs::read_dir(PIN_ROOT).map_or(true, |mut volumes| volumes.next().is_none());
+    if is_last {
+        host::remove_pins()?;
+    }
+    Ok(())
+}
+
+fn unpin(volume: &str) -> Result<(), CaptureError> {
     let directory = pin_directory(volume);
     let failed = |what| {
         let path = directory.clone();
@@ -174,11 +213,13 @@ fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String
         programs.push(program_by_id(info.program_id()).map_err(|error| lost(error.to_string()))?);
     }
     let ring = duplicate(&ring).map_err(|error| error.to_string())?;
+    let gate = Gate::open(control.clone()).map_err(|error| error.to_string())?;
     Ok(Attached {
         ring,
         control,
         programs,
         disabled,
+        gate,
         resumed: true,
     })
 }
@@ -196,31 +237,42 @@ fn duplicate(map: &MapData) -> Result<OwnedFd, CaptureError> {
 }
 
 fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureError> {
-    let mut ebpf = load_object(options)?;
-    fs::create_dir_all(directory).map_err(|source| CaptureError::Pin {
-        what: "creating (is bpffs mounted on /sys/fs/bpf?)",
-        path: directory.to_owned(),
-        source,
-    })?;
-    let control_map = take_map(&mut ebpf, "CONTROL")?;
-    let ring_map = take_map(&mut ebpf, "RING")?;
-    for (map, name) in [(&control_map, "control"), (&ring_map, "ring")] {
-        let path = directory.join(name);
+    let mut ebpf = {
+        // Nobody removes the host's maps before this volume's directory is there.
+        let lock = HostLock::open()?;
+        let _taken = lock.take()?;
+        fs::create_dir_all(directory).map_err(|source| CaptureError::Pin {
+            what: "creating (is bpffs mounted on /sys/fs/bpf?)",
+            path: directory.to_owned(),
+            source,
+        })?;
+        load_object(options)?
+    };
+    let mut pinned = |(name, pin): (&str, &str)| {
+        let map = take_map(&mut ebpf, name)?;
+        let path = directory.join(pin);
         map.pin(&path).map_err(|error| CaptureError::Pin {
             what: "pinning",
             path,
             source: io::Error::other(error.to_string()),
         })?;
-    }
+        Ok(map)
+    };
+    let [control_map, ring_map] = MAPS.map(&mut pinned);
+    let (control_map, ring_map) = (control_map?, ring_map?);
     let control = Control::map(control_map.fd().as_fd())?;
     control.name_agent()?;
+    // No epoch is open where programs are loaded anew.
+    control.settle_gaps(None);
+    control.open_gate();
+    control.set(control::DEVICE, options.device.into());
+    let gate = Gate::open(control.clone())?;
     let (programs, disabled) = attach_all(&mut ebpf, directory, options)?;
     let mask = HOOKS.iter().enumerate().fold(0, |mask, (index, hook)| {
         mask | u64::from(disabled.iter().any(|d| d.hook.program == hook.program)) << index
     });
     control.set(control::ABI, ABI_VERSION.into());
     control.set(control::OBJECT, fingerprint());
-    control.set(control::DEVICE, options.device.into());
     control.set(control::FILESYSTEM, options.filesystem as u64);
     control.set(control::DISABLED, mask);
     control.set(control::STATE, control::ATTACHED);
@@ -229,6 +281,7 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
         control,
         programs,
         disabled,
+        gate,
         resumed: false,
     })
 }
@@ -241,6 +294,9 @@ fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
         loader.override_global(name, value, true);
     }
     loader.map_max_entries("RING", options.ring_bytes);
+    for (name, path) in host::pins()? {
+        loader.map_pin_path(name, path);
+    }
     loader
         .load(object()?)
         .map_err(|error| CaptureError::Load(chain(&error)))
@@ -280,7 +336,7 @@ fn attach_all(
                 let essential = match hook.need {
                     Need::Always => true,
                     Need::On(filesystem) => filesystem == options.filesystem,
-                    Need::Notices(_) | Need::Covered => false,
+                    Need::Notices(_) | Need::Covered | Need::KeepsHeld => false,
                 };
                 if essential {
                     let (program, hook) = (hook.program, hook.function);
@@ -312,6 +368,11 @@ fn attach_one(ebpf: &mut Ebpf, btf: &Btf, hook: &Hook) -> Result<(OwnedFd, FdLin
             FdLink::from(program.take_link(id).map_err(words)?)
         }
         (Kind::Exit, Program::FExit(program)) => {
+            program.load(hook.function, btf).map_err(words)?;
+            let id = program.attach().map_err(words)?;
+            FdLink::from(program.take_link(id).map_err(words)?)
+        }
+        (Kind::Tracepoint, Program::BtfTracePoint(program)) => {
             program.load(hook.function, btf).map_err(words)?;
             let id = program.attach().map_err(words)?;
             FdLink::from(program.take_link(id).map_err(words)?)

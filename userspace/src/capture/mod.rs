@@ -13,8 +13,10 @@ mod calibrate;
 mod continuity;
 mod control;
 mod error;
+mod gate;
 pub mod handle;
 mod hooks;
+mod host;
 mod load;
 mod object;
 mod page_cache;
@@ -31,10 +33,11 @@ pub use calibrate::{Calibration, calibrate};
 pub use continuity::Continuity;
 pub use control::{Control, GapCounts};
 pub use error::CaptureError;
+pub use gate::{Gate, Held};
 pub use hooks::{HOOKS, Hook, Kind, Need};
 pub use load::{DisabledHook, escaped};
 pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
-pub use probe::{Feature, features};
+pub use probe::{Feature, features, may_skip_hooks};
 pub use ring::{RingConsumer, Run, Woken};
 
 /// File systems whose hooks are known.
@@ -100,6 +103,7 @@ pub struct Capture {
     control: Control,
     programs: Vec<OwnedFd>,
     disabled: Vec<DisabledHook>,
+    gate: Option<Gate>,
     resumed: bool,
 }
 
@@ -128,6 +132,7 @@ impl Capture {
             control: attached.control,
             programs: attached.programs,
             disabled: attached.disabled,
+            gate: Some(attached.gate),
             resumed: attached.resumed,
         };
         capture.control.set(twinwrite_abi::control::CALIBRATING, 0);
@@ -136,7 +141,8 @@ impl Capture {
     }
 
     /// Whether [`Self::attach`] would take over what an earlier agent left. Otherwise it takes those
-    /// programs away first, and for a moment nothing captures: no epoch may be open then.
+    /// programs away first, and for a moment nothing captures and no gate holds: no epoch may be open
+    /// then, and nobody be held.
     #[must_use]
     pub fn can_be_resumed(options: &CaptureOptions) -> bool {
         load::can_be_resumed(options)
@@ -158,9 +164,51 @@ impl Capture {
     /// Removes the programs and pins of a volume.
     ///
     /// # Errors
-    /// [`CaptureError::Pin`].
+    /// [`CaptureError::Pin`]; [`CaptureError::Held`] while somebody is held before the gate, whom
+    /// nobody could continue any more.
     pub fn detach(volume_name: &str) -> Result<(), CaptureError> {
-        load::detach(volume_name)
+        load::remove(volume_name)
+    }
+
+    /// Removes the programs of a volume that this node has lost. Who is held before its gate is ended:
+    /// what was confirmed to them may be reverted by the new owner, so that they must never be told.
+    /// Their process ids.
+    ///
+    /// # Errors
+    /// [`CaptureError::Pin`].
+    pub fn abandon(volume_name: &str) -> Result<Vec<u32>, CaptureError> {
+        if !load::is_pinned(volume_name) {
+            return Ok(Vec::new());
+        }
+        let mut gate = load::pinned_gate(volume_name);
+        let mut kill = || gate.as_mut().map(Gate::kill_held).unwrap_or_default();
+        let mut killed = kill();
+        load::detach(volume_name)?;
+        // Who looked at the gate just then.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        killed.extend(kill());
+        Ok(killed)
+    }
+
+    /// Makes what an earlier agent left attached not capture this process's own work, nor hold it.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`].
+    pub fn claim(volume_name: &str) -> Result<(), CaptureError> {
+        load::pinned_gate(volume_name).map_or(Ok(()), |gate| gate.claim())
+    }
+
+    /// Opens the gate of what an earlier agent left attached, and continues who is held before it.
+    /// Only where no region can be merged into the volume.
+    pub fn open_pinned_gate(volume_name: &str) {
+        if let Some(mut gate) = load::pinned_gate(volume_name)
+            && !gate.open_for_all()
+        {
+            tracing::error!(
+                volume = volume_name,
+                "not everybody held before the gate could be continued"
+            );
+        }
     }
 
     /// Whether the programs ran already: nothing was missed since the agent before. Then they are
@@ -199,6 +247,11 @@ impl Capture {
             self.options.ring_bytes,
             self.control.clone(),
         )
+    }
+
+    /// The threads that are held before the gate, for the one who continues them.
+    pub fn take_gate(&mut self) -> Option<Gate> {
+        self.gate.take()
     }
 
     /// Events that programs missed because they were preempted in the middle of another: each is a

@@ -84,6 +84,7 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
     let feature = |hook: &Hook| {
         let (function, kind) = match hook.kind {
             Kind::Lsm => (format!("bpf_lsm_{}", hook.function), "lsm"),
+            Kind::Tracepoint => (format!("btf_trace_{}", hook.function), "tracepoint"),
             Kind::Entry => (hook.function.to_owned(), "fentry"),
             Kind::Exit => (hook.function.to_owned(), "fexit"),
         };
@@ -101,15 +102,69 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
                 (false, format!("{name} changes go unnoticed on this kernel"))
             }
             Need::Covered => (false, "not needed: another hook sees the same".to_owned()),
+            Need::KeepsHeld => (
+                false,
+                "others can continue what is held before the gate on this kernel".to_owned(),
+            ),
         };
         Feature::new(
             format!("hook {kind} {}", hook.function),
-            types.has_function(&function),
+            types.has_function(&function) || types.has_typedef(&function),
             required,
             remedy,
         )
     };
     HOOKS.iter().map(feature).collect()
+}
+
+/// Whether this kernel can skip a program because another task was preempted in the middle of it: unless
+/// it says that it does not preempt itself.
+#[must_use]
+pub fn may_skip_hooks() -> bool {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let shown = read("/sys/kernel/debug/sched/preempt");
+    let mode = if shown.is_empty() {
+        preemption_unmounted().unwrap_or_default()
+    } else {
+        shown
+    };
+    preempts(&mode, &read("/proc/cmdline"), &read("/proc/version"))
+}
+
+/// The mode in force where debugfs is not mounted: from a mount of it that nobody else sees.
+fn preemption_unmounted() -> Option<String> {
+    use rustix::fs::{Mode, OFlags, openat};
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen,
+    };
+    let opened = fsopen("debugfs", FsOpenFlags::FSOPEN_CLOEXEC).ok()?;
+    fsconfig_create(&opened).ok()?;
+    let mount = fsmount(
+        &opened,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )
+    .ok()?;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = openat(&mount, "sched/preempt", flags, Mode::empty()).ok()?;
+    std::io::read_to_string(fs::File::from(file)).ok()
+}
+
+/// From the mode in force, as debugfs shows it, or else from the boot parameter, or the build.
+fn preempts(mode: &str, parameters: &str, version: &str) -> bool {
+    if !mode.trim().is_empty() {
+        return !["(none)", "(voluntary)"]
+            .iter()
+            .any(|calm| mode.contains(calm));
+    }
+    let chosen = parameters
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("preempt="))
+        .next_back();
+    match chosen {
+        Some(mode) => !matches!(mode, "none" | "voluntary"),
+        None => version.contains("PREEMPT"),
+    }
 }
 
 /// Whether BPF is among the security modules in use.
@@ -125,4 +180,25 @@ fn is_bpffs(path: &Path) -> bool {
 
 fn has_ring_buffer() -> bool {
     aya::sys::is_map_supported(aya::maps::MapType::RingBuf).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::preempts;
+
+    #[test]
+    fn a_kernel_is_believed_only_when_it_says_that_it_does_not_preempt_itself() {
+        let dynamic = "Linux version 6.12 #1 SMP PREEMPT_DYNAMIC Debian";
+        assert!(!preempts(
+            "none (voluntary) full\n",
+            "preempt=full",
+            dynamic
+        ));
+        assert!(preempts("none voluntary (full)\n", "", dynamic));
+        assert!(preempts("none voluntary full (lazy)\n", "", dynamic));
+        assert!(!preempts("", "quiet preempt=voluntary", dynamic));
+        assert!(preempts("", "quiet preempt=full", dynamic));
+        assert!(preempts("", "quiet", dynamic));
+        assert!(!preempts("", "quiet", "Linux version 6.1 #1 SMP Debian"));
+    }
 }

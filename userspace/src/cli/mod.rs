@@ -68,6 +68,12 @@ enum Command {
         #[arg(long, default_value = "/run/twinwrite")]
         run_dir: PathBuf,
     },
+    /// Write a file and fsync it: how an agent proves that its gate holds
+    #[command(hide = true)]
+    GateProbe {
+        /// The file
+        file: PathBuf,
+    },
     /// Remove a volume's capture programs that an agent left attached
     Detach {
         /// The volume's name
@@ -123,6 +129,10 @@ pub fn main() -> anyhow::Result<ExitCode> {
             restart_within,
             run_dir,
         } => status::stop(&run_dir, restart_within),
+        Command::GateProbe { file } => {
+            crate::agent::write_and_fsync(&file)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Detach { volume } => inspect::detach(&volume),
     }
 }

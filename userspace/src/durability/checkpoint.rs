@@ -13,7 +13,7 @@ use crate::record::gap;
 /// Gaps after which older records of the log could be laid over newer bytes or names: they end the
 /// epoch. The others (stores through mappings, attributes) are covered by a checkpoint within it,
 /// because what confirms them is captured as a mark and clips the older records.
-pub const ENDING_GAPS: [usize; 7] = [
+pub const ENDING_GAPS: [usize; 8] = [
     gap::FALLOCATE,
     gap::REMAP,
     gap::DIRECT_IO,
@@ -21,6 +21,7 @@ pub const ENDING_GAPS: [usize; 7] = [
     gap::RING_FULL,
     gap::WHITEOUT,
     gap::UNREADABLE,
+    gap::UNGATED,
 ];
 
 /// Wait before the first retry.

@@ -12,7 +12,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 use twinwrite_abi::{gap, op};
 
-use crate::board::{Board, LATENCY_BOUNDS_SECONDS, VolumeBoard};
+use crate::board::{Board, Buckets, Gauge, LATENCY_BOUNDS_SECONDS, VolumeBoard};
 use crate::status::{PeerState, Protection, Role};
 
 const OPERATION_NAMES: [(u8, &str); 11] = [
@@ -106,7 +106,7 @@ impl Family<'_, '_> {
 type Read = fn(&VolumeBoard) -> f64;
 type Count = fn(&VolumeBoard) -> u64;
 
-const GAUGES: [(&str, &str, Option<Unit>, Read); 14] = [
+const GAUGES: [(&str, &str, Option<Unit>, Read); 15] = [
     ("epoch", "Running or last epoch of the volume", None, |v| {
         v.epoch.get() as f64
     }),
@@ -181,6 +181,12 @@ const GAUGES: [(&str, &str, Option<Unit>, Read); 14] = [
             u64::MAX => f64::INFINITY,
             ms => ms as f64 / 1e3,
         },
+    ),
+    (
+        "gate_held_groups",
+        "Thread groups stopped before the gate now",
+        None,
+        |v| v.gate_held_groups.get() as f64,
     ),
     (
         "zero_copy",
@@ -305,6 +311,35 @@ impl BoardCollector {
         .counters(gaps)
     }
 
+    fn gate(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let calls = self.volumes().flat_map(|v| {
+            [
+                ("passed", &v.gate_passed),
+                ("polled", &v.gate_polled),
+                ("held", &v.gate_holds),
+            ]
+            .map(|(outcome, count)| {
+                (
+                    vec![("volume", &*v.name), ("outcome", outcome)],
+                    count.get(),
+                )
+            })
+        });
+        Family {
+            encoder,
+            name: "gate_calls",
+            help: "Calls of the fsync class that came to the gate, by what they met there",
+            unit: None,
+        }
+        .counters(calls)?;
+        self.histogram(
+            encoder,
+            "gate_held",
+            "Time for which a thread was stopped before the gate",
+            |v| (&v.held_counts, &v.held_sum_us),
+        )
+    }
+
     fn states(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let protection = self.volumes().flat_map(|v| {
             let now = v.words().protection;
@@ -416,19 +451,30 @@ impl BoardCollector {
     }
 
     fn latency(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
-        let mut family = encoder.encode_descriptor(
+        self.histogram(
+            encoder,
             "mirror_latency",
             "Time from the capture of a frame's first record to its place in the region",
-            Some(&Unit::Seconds),
-            MetricType::Histogram,
-        )?;
+            |v| (&v.latency_counts, &v.latency_sum_us),
+        )
+    }
+
+    /// A histogram of times: counts per bucket, and their sum in microseconds.
+    fn histogram(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        name: &str,
+        help: &str,
+        read: fn(&VolumeBoard) -> (&Buckets, &Gauge),
+    ) -> Result<(), Error> {
+        let mut family =
+            encoder.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
         for volume in self.volumes() {
+            let (counts, sum_us) = read(volume);
             let bounds = LATENCY_BOUNDS_SECONDS.iter().copied().chain([f64::MAX]);
-            let buckets: Vec<(f64, u64)> = bounds
-                .zip(volume.latency_counts.iter().map(|c| c.get()))
-                .collect();
+            let buckets: Vec<(f64, u64)> = bounds.zip(counts.iter().map(|c| c.get())).collect();
             let count = buckets.iter().map(|(_, n)| n).sum();
-            let sum = volume.latency_sum_us.get() as f64 / 1e6;
+            let sum = sum_us.get() as f64 / 1e6;
             let labels = [("volume", &*volume.name)];
             family
                 .encode_family(&labels)?
@@ -444,6 +490,7 @@ impl Collector for BoardCollector {
         self.by_operation(&mut encoder)?;
         self.states(&mut encoder)?;
         self.takeover(&mut encoder)?;
+        self.gate(&mut encoder)?;
         self.latency(&mut encoder)
     }
 }

@@ -1,6 +1,7 @@
 //! What the endpoint shows is what the board holds, in a text that Prometheus accepts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::registry;
 use crate::board::Board;
@@ -19,6 +20,8 @@ fn text() -> String {
     volume.records[1].add(7);
     volume.latency(40);
     volume.proved();
+    volume.gate_polled.set(3);
+    volume.held(Duration::from_micros(1500));
     volume.tell_takeover(TakeoverStatus {
         steps: vec![TakeoverStep {
             name: "fence".into(),
@@ -43,6 +46,8 @@ fn the_board_is_shown() {
         "twinwrite_mirror_latency_seconds_bucket{le=\"0.00005\",volume=\"vol0\"} 1",
         "twinwrite_mirror_latency_seconds_count{volume=\"vol0\"} 1",
         "twinwrite_checkpoints_total{volume=\"vol0\"} 1",
+        "twinwrite_gate_calls_total{volume=\"vol0\",outcome=\"polled\"} 3",
+        "twinwrite_gate_held_seconds_bucket{le=\"0.0025\",volume=\"vol0\"} 1",
     ] {
         assert!(
             text.lines().any(|l| l.starts_with(line)),

@@ -28,7 +28,7 @@ use crate::link::PostId;
 use crate::record::RecordMeta;
 use crate::region::layout::{CheckpointMark, FRAME_BODY_BYTES_MAX, LOG_BYTES_MIN};
 use crate::region::scan::{LogEnd, Tail};
-use fill::OpenFill;
+use fill::{OpenFill, UnsafeFills};
 use post::InFlight;
 pub use post::{PostBody, PostKind};
 use space::Space;
@@ -213,6 +213,7 @@ pub struct MirrorCore {
     space: Space,
     release: RingPos,
     released: RingPos,
+    unsafe_fills: UnsafeFills,
     half_told: bool,
     full: bool,
     full_told: bool,
@@ -262,6 +263,9 @@ impl MirrorCore {
             .then_some(restarted)
             .into_iter()
             .collect();
+        let mut unsafe_fills = UnsafeFills::default();
+        // Where that record began is not known any more.
+        unsafe_fills.note(tail.cut.next(), RingPos(0), tail.safe_at);
         let unmirrored = (captured > mirrored)
             .then_some(restarted)
             .into_iter()
@@ -294,6 +298,7 @@ impl MirrorCore {
                 ring_pos
             },
             released: RingPos(0),
+            unsafe_fills,
             half_told: false,
             full: false,
             full_told: false,
@@ -411,6 +416,7 @@ impl MirrorCore {
         }
         let records = seq.0 - self.mirrored.0;
         self.mirrored = seq;
+        self.unsafe_fills.complete(seq);
         let captured_us = self
             .unmirrored
             .front()
@@ -441,6 +447,16 @@ impl MirrorCore {
     #[must_use]
     pub fn mirrored_seq(&self) -> Seq {
         self.mirrored
+    }
+
+    /// The ring position up to which every record is in the peer's region, with all its bytes and
+    /// inside the cut: a replay would show all of it. What the marks before it confirm cannot be
+    /// undone. It never goes back.
+    #[must_use]
+    pub fn gate_open_to(&self) -> RingPos {
+        self.unsafe_fills
+            .before(self.mirrored)
+            .unwrap_or(self.release)
     }
 
     /// Last record that may have left the region because it is durable.

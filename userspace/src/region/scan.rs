@@ -159,6 +159,10 @@ pub struct Tail {
     pub end: LogEnd,
     /// The last record, if its bytes are not complete.
     pub pending_fill: Option<PendingFill>,
+    /// The cut, see [`Scan::cut`].
+    pub cut: Seq,
+    /// The last record that bytes of the log may show: the cut is at the log's end once it is there.
+    pub safe_at: Seq,
 }
 
 impl Tail {
@@ -181,6 +185,8 @@ impl Tail {
             head,
             end,
             pending_fill: None,
+            cut: Seq(head.seq.0 - 1),
+            safe_at: Seq(0),
         }
     }
 
@@ -231,6 +237,13 @@ impl Scan {
             head: self.head,
             end: self.end,
             pending_fill: self.pending_fill,
+            cut: self.cut,
+            safe_at: self
+                .fills
+                .iter()
+                .map(|fill| fill.safe_at)
+                .max()
+                .unwrap_or_default(),
         }
     }
 

@@ -35,6 +35,10 @@ impl Pump<'_> {
             .oldest_unflushed_age_us
             .set(self.core.oldest_unflushed_age_us());
         board.drops.set(self.control.drops());
+        let [passed, polled, holds] = self.control.gate_counts();
+        board.gate_passed.set(passed);
+        board.gate_polled.set(polled);
+        board.gate_holds.set(holds);
         for (shown, count) in board.gaps.iter().zip(self.control.gaps()) {
             shown.set(count);
         }

@@ -1,7 +1,9 @@
 //! The bytes of a record that the programs could not copy.
 
+use std::collections::VecDeque;
+
 use super::{Action, CoreError, MirrorCore};
-use crate::ids::Seq;
+use crate::ids::{RingPos, Seq};
 use crate::region::layout::FRAME_BODY_BYTES_MAX;
 use crate::region::scan::PendingFill;
 
@@ -24,6 +26,49 @@ pub(super) struct Part {
     pub(super) bytes: Vec<u8>,
     pub(super) gone: bool,
     pub(super) safe_at: Seq,
+}
+
+/// Records whose bytes may show changes that come later in the log: the cut is not between such a
+/// record and the last of these changes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct UnsafeFills(VecDeque<UnsafeFill>);
+
+#[derive(Clone, Copy, Debug)]
+struct UnsafeFill {
+    seq: Seq,
+    ring_pos: RingPos,
+    safe_at: Seq,
+}
+
+impl UnsafeFills {
+    /// Notes a fill of the record that begins at `ring_pos`. Fills come in the order of their records.
+    pub(super) fn note(&mut self, seq: Seq, ring_pos: RingPos, safe_at: Seq) {
+        match self.0.back_mut() {
+            // They overlap, touch, or belong to one record: no cut is between them.
+            Some(last) if last.safe_at >= seq => {
+                last.safe_at = last.safe_at.max(safe_at);
+            }
+            _ if safe_at > seq => self.0.push_back(UnsafeFill {
+                seq,
+                ring_pos,
+                safe_at,
+            }),
+            _ => {}
+        }
+    }
+
+    /// Forgets what is safe when the log is complete up to `mirrored`.
+    pub(super) fn complete(&mut self, mirrored: Seq) {
+        while self.0.front().is_some_and(|fill| fill.safe_at <= mirrored) {
+            self.0.pop_front();
+        }
+    }
+
+    /// Where the cut is if it is not at `mirrored`.
+    pub(super) fn before(&self, mirrored: Seq) -> Option<RingPos> {
+        let fill = self.0.front().filter(|fill| fill.seq <= mirrored)?;
+        Some(fill.ring_pos)
+    }
 }
 
 impl OpenFill {

@@ -261,6 +261,14 @@ impl MirrorCore {
         self.records.len().saturating_sub(left as usize)
     }
 
+    /// Where a record begins that is still in the ring.
+    fn ring_pos_of(&self, seq: Seq) -> RingPos {
+        let later = (self.captured.0 - seq.0) as usize;
+        let index = self.records.len().checked_sub(later + 1);
+        let record = index.and_then(|index| self.records.get(index));
+        record.map_or(RingPos(0), |record| record.ring_pos)
+    }
+
     /// The last complete record once everything posted so far has arrived.
     fn mirrored_at_end(&self) -> (Seq, RingPos) {
         (Seq(self.end.next_seq.0 - 1), self.next_ring_pos)
@@ -301,6 +309,8 @@ impl MirrorCore {
             Some(part) => (part.bytes, part.gone, part.safe_at),
             None => (Vec::new(), true, self.captured),
         };
+        let begins_at = self.ring_pos_of(fill.pending.seq);
+        self.unsafe_fills.note(fill.pending.seq, begins_at, safe_at);
         let len = bytes.len() as u32;
         let last = gone || fill.pending.filled + len == fill.pending.len;
         let mut flags = if last { FILL_LAST } else { 0 };

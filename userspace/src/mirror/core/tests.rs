@@ -82,6 +82,8 @@ struct World {
     gone: Vec<Seq>,
     now_us: u64,
     laps: u64,
+    /// Up to here marks have passed the gate.
+    gate: RingPos,
 }
 
 fn fill_byte(seq: Seq, at: u32) -> u8 {
@@ -122,6 +124,7 @@ impl World {
             gone: Vec::new(),
             now_us: 0,
             laps: 0,
+            gate: RingPos(0),
         }
     }
 
@@ -300,6 +303,8 @@ impl World {
     fn restart(&mut self, lines: u8) {
         let tail = self.lose_link(lines);
         self.core = MirrorCore::build(&tail, 16, self.now_us).expect("own tail");
+        // It must find out anew what is safe.
+        self.gate = RingPos(0);
         let metas: Vec<_> = self
             .truth
             .iter()
@@ -363,6 +368,7 @@ impl World {
             "only purged records have left"
         );
         assert!(scan.cut <= scan.tail().last_complete_seq());
+        self.check_gate(&scan);
         self.laps = scan.end.lsn.0 / self.header.log_bytes;
         let log = &self.memory[LOG_OFFSET as usize..];
         let mut seq = scan.head.seq;
@@ -394,6 +400,21 @@ impl World {
             seq = seq.next();
         }
         assert_eq!(seq, scan.end.next_seq);
+    }
+
+    /// What has passed the gate is what a replay would show, or is durable.
+    fn check_gate(&mut self, scan: &Scan) {
+        let gate = self.core.gate_open_to();
+        assert!(gate >= self.gate, "the gate goes back");
+        self.gate = gate;
+        let passed = self
+            .truth
+            .partition_point(|(meta, _)| meta.ring_end() <= gate);
+        let shown = scan.cut.max(self.purged);
+        assert!(
+            passed as u64 <= shown.0,
+            "record {passed} passed the gate, a replay would show up to {shown}"
+        );
     }
 
     /// With a working link everything arrives, whatever happened before.
@@ -432,6 +453,7 @@ impl World {
             "all ring space is released"
         );
         self.check();
+        assert_eq!(self.gate, self.core.captured_end(), "nobody waits for ever");
         let published = self.scan().mirrored;
         if let Some(published) = published {
             assert_eq!(published.seq, self.core.mirrored_seq().0);
