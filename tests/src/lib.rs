@@ -14,6 +14,7 @@ pub mod compare;
 pub mod error;
 pub mod escape;
 pub mod manifest;
+pub mod overwrite;
 pub mod random;
 pub mod settled;
 pub mod sqlite;

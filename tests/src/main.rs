@@ -10,9 +10,10 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use twinwrite_tests::check::{Expectations, check};
 use twinwrite_tests::stream::write::Options;
-use twinwrite_tests::{settled, sqlite, stream, walk};
+use twinwrite_tests::{overwrite, settled, sqlite, stream, walk};
 
-/// Workloads that never ask for durability, and the oracle that says what a crash took from them.
+/// Workloads, and the oracle that says what a crash took from them. All but `overwrite` never ask for
+/// durability.
 ///
 /// Exit status: 0 all is as it should be, 1 a difference was found, 2 it could not be carried out.
 #[derive(Parser)]
@@ -56,6 +57,14 @@ enum Command {
     },
     /// Keeps writing numbered operations until killed, and logs each after it returned
     Stream(StreamArguments),
+    /// Overwrites a block with numbers, asks for durability, and notes what was answered
+    Overwrite(OverwriteArguments),
+    /// Prints the number that such a block holds
+    Overwritten {
+        /// The file
+        #[arg(long)]
+        file: PathBuf,
+    },
     /// Compares the volume with manifests and a stream's log
     Check {
         /// The volume's mount point
@@ -80,6 +89,25 @@ enum Command {
         #[arg(long)]
         root: PathBuf,
     },
+}
+
+#[derive(Args)]
+struct OverwriteArguments {
+    /// The file, on the volume
+    #[arg(long)]
+    file: PathBuf,
+    /// Where to note each answered number (not on the volume)
+    #[arg(long)]
+    log: PathBuf,
+    /// The first number
+    #[arg(long, default_value_t = 1)]
+    from: u64,
+    /// How many numbers
+    #[arg(long)]
+    count: u64,
+    /// Do not ask for durability
+    #[arg(long)]
+    no_sync: bool,
 }
 
 #[derive(Args)]
@@ -158,6 +186,21 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let operations = stream::write::run(&arguments.root, &arguments.log, &options)?;
             say(&json!({ "operations": operations }).to_string())?;
         }
+        Command::Overwrite(arguments) => {
+            let options = overwrite::Options {
+                from: arguments.from,
+                count: arguments.count,
+                sync: !arguments.no_sync,
+            };
+            let summary = overwrite::run(&arguments.file, &arguments.log, &options)?;
+            let summary = json!({
+                "answers": summary.answers,
+                "median_us": summary.median_us,
+                "longest_us": summary.longest_us,
+            });
+            say(&summary.to_string())?;
+        }
+        Command::Overwritten { file } => say(&overwrite::found(&file)?.to_string())?,
         Command::Check {
             root,
             manifest,

@@ -144,6 +144,9 @@ struct Up {
     /// A further line for its [[volume]], for example 'ring_bytes = "4MiB"'.
     #[arg(long, value_name = "LINE")]
     volume_setting: Vec<String>,
+    /// A further word for the kernels' command line, for example preempt=full.
+    #[arg(long, value_name = "WORD")]
+    kernel_parameter: Vec<String>,
 }
 
 impl Up {
@@ -166,6 +169,7 @@ impl Up {
             lifetime: Lifetime::UntilDown,
             cluster_settings: self.cluster_setting.clone(),
             volume_settings: self.volume_setting.clone(),
+            kernel_parameters: self.kernel_parameter.clone(),
         }
     }
 }

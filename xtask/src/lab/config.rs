@@ -200,6 +200,9 @@ pub struct Options {
     pub cluster_settings: Vec<String>,
     /// Lines for its `[[volume]]`.
     pub volume_settings: Vec<String>,
+    /// More words for the kernels' command line.
+    #[serde(default)]
+    pub kernel_parameters: Vec<String>,
 }
 
 /// Everything a daemon needs to boot a machine of the lab.

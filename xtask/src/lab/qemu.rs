@@ -90,7 +90,10 @@ pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<String> {
     );
     line.pair("-kernel", config.kernel.display().to_string());
     line.pair("-initrd", config.initrd.display().to_string());
-    line.pair("-append", kernel_line(node));
+    line.pair(
+        "-append",
+        kernel_line(node, &config.options.kernel_parameters),
+    );
     line.disk("root", &config.root.display().to_string(), "readonly=on");
     for (name, file) in [
         ("volume", VOLUME_DISK),
@@ -131,12 +134,13 @@ pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<String> {
     line.0
 }
 
-fn kernel_line(node: NodeName) -> String {
+fn kernel_line(node: NodeName, more: &[String]) -> String {
     format!(
         "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check \
          lsm=landlock,lockdown,yama,integrity,apparmor,bpf net.ifnames=0 \
-         lab.node={node} lab.ip={}",
-        node.address()
+         lab.node={node} lab.ip={} {}",
+        node.address(),
+        more.join(" ")
     )
 }
 

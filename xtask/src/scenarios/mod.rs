@@ -9,6 +9,7 @@ mod agent_restarted;
 mod bad_input;
 mod bench;
 mod control_loses_unflushed;
+mod gate;
 mod interconnect_cut;
 mod killed_in_replay;
 mod lab_survives;
@@ -100,6 +101,54 @@ pub const ALL: &[Scenario] = &[
         50,
         Shared(interconnect_cut::run),
         "a cut link exposes the volume and makes nobody take over; mended, it is protected again",
+    ),
+    scenario(
+        "gate_price",
+        60,
+        Shared(gate::price),
+        "an fsync is answered with its mark mirrored; what that costs is printed",
+    ),
+    scenario(
+        "gate_holds",
+        90,
+        Alone(gate::holds),
+        "an fsync is not answered before its mark is mirrored, and what was answered survives",
+    ),
+    scenario(
+        "gate_off_reverts",
+        90,
+        Alone(gate::off_reverts),
+        "without the gate the same crash reverts what an fsync confirmed: the negative control",
+    ),
+    scenario(
+        "gate_calls",
+        90,
+        Alone(gate::calls),
+        "every call that confirms data waits while nobody mirrors, and is answered afterwards",
+    ),
+    scenario(
+        "gate_signals",
+        70,
+        Alone(gate::signals),
+        "a held process goes on with the gate and not before; a stop by others is heeded, a kill works",
+    ),
+    scenario(
+        "gate_replaced",
+        80,
+        Alone(gate::replaced),
+        "other programs may take the place of those at whose gate somebody waits",
+    ),
+    scenario(
+        "gate_two_volumes",
+        80,
+        Alone(gate::two_volumes),
+        "a process that waits for two volumes goes on when both let it, with the next agent, too",
+    ),
+    scenario(
+        "gate_two_processors",
+        120,
+        Alone(gate::two_processors),
+        "with a killed agent all fsyncs wait, the machine stays usable, and the next agent goes on",
     ),
     scenario(
         "agent_killed_on_owner",
