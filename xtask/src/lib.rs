@@ -9,5 +9,6 @@ pub mod demo;
 pub mod lab;
 pub mod paths;
 pub mod progress;
+pub mod random;
 pub mod scenarios;
 pub mod setup;

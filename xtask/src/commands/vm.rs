@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result};
 use clap::Subcommand;
 
 use crate::lab::{
-    AgentAction, AwaitedState, CrashKind, Filesystem, KernelRelease, Lab, Lifetime, LinkKind,
-    NodeName, Options, Programs, Service, Stream, shell_quoted,
+    AgentAction, AwaitedState, CrashKind, DiskKind, Filesystem, KernelRelease, Lab, Lifetime,
+    LinkKind, NodeName, Options, Programs, Service, Stream, shell_quoted,
 };
 use crate::progress;
 
@@ -138,6 +138,9 @@ struct Up {
     /// Do not compile; put in what an earlier build left.
     #[arg(long)]
     no_build: bool,
+    /// What the shared disks do at a power cut: `volatile` ones lose what was not flushed.
+    #[arg(long, default_value = "plain")]
+    disks: DiskKind,
     /// A further line for the configuration's [cluster], for example 'dead_after = "5s"'.
     #[arg(long, value_name = "LINE")]
     cluster_setting: Vec<String>,
@@ -170,6 +173,8 @@ impl Up {
             cluster_settings: self.cluster_setting.clone(),
             volume_settings: self.volume_setting.clone(),
             kernel_parameters: self.kernel_parameter.clone(),
+            disks: self.disks,
+            ..Options::default()
         }
     }
 }

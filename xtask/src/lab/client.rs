@@ -13,6 +13,7 @@ use super::config::NodeName;
 use super::daemon::Registration;
 use super::process::ProcessId;
 use super::protocol::{MachineStatus, Reply, Request};
+use super::qemu::Files;
 use super::{Lab, files};
 
 const DAEMON_END_LIMIT: Duration = Duration::from_secs(70);
@@ -97,8 +98,14 @@ impl Lab {
                 }
             }
         }
-        for disk in ["volume.raw", "mailbox.raw", "a/local.raw", "b/local.raw"] {
-            let _ = fs::remove_file(self.directory.join(disk));
+        let shared = self
+            .options()
+            .map_or_else(|_| Vec::new(), |o| o.shared_disks());
+        for disk in shared {
+            let _ = fs::remove_file(self.shared_disk(&disk));
+        }
+        for node in NodeName::ALL {
+            let _ = fs::remove_file(self.directory.join(Files::of(node).local_disk()));
         }
         Ok(())
     }

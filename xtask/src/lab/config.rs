@@ -146,6 +146,17 @@ impl fmt::Display for LinkKind {
     }
 }
 
+/// What the shared disks do at a power cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskKind {
+    /// They keep what the machine wrote, flushed or not: the host's page cache outlives a machine.
+    #[default]
+    Plain,
+    /// They lose what the machine had not flushed, but for a part that a seed decides.
+    Volatile,
+}
+
 /// What runs on the machines once they are up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -203,6 +214,32 @@ pub struct Options {
     /// More words for the kernels' command line.
     #[serde(default)]
     pub kernel_parameters: Vec<String>,
+    /// What the shared disks do at a power cut.
+    pub disks: DiskKind,
+    /// Decides what a volatile disk keeps.
+    pub disk_seed: u64,
+    /// Volumes besides the first one, with the same settings.
+    pub more_volumes: usize,
+    /// Size of each volume's disk, if not the usual.
+    pub volume_bytes: Option<u64>,
+    /// An empty shared disk that no volume is on.
+    pub spare_disk: bool,
+}
+
+impl Options {
+    /// Names of the volumes' disks, the first volume's first.
+    pub(super) fn volume_disks(&self) -> impl Iterator<Item = String> {
+        let more = (1..=self.more_volumes).map(|index| format!("{VOLUME_DISK}{index}"));
+        std::iter::once(VOLUME_DISK.to_owned()).chain(more)
+    }
+
+    /// Names of all disks that both machines see.
+    pub(super) fn shared_disks(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.volume_disks().collect();
+        names.push(MAILBOX_DISK.to_owned());
+        names.extend(self.spare_disk.then(|| SPARE_DISK.to_owned()));
+        names
+    }
 }
 
 /// Everything a daemon needs to boot a machine of the lab.
@@ -250,8 +287,26 @@ pub const VOLUME: &str = "vol0";
 pub const MOUNT_POINT: &str = "/srv/vol0";
 /// The shared disk in a machine.
 pub const VOLUME_DEVICE: &str = "/dev/disk/by-id/virtio-volume";
+/// The first volume's shared disk.
+pub const VOLUME_DISK: &str = "volume";
 /// The small shared disk for heartbeats.
+pub const MAILBOX_DISK: &str = "mailbox";
+/// The shared disk that holds nothing.
+pub const SPARE_DISK: &str = "spare";
+/// The small shared disk for heartbeats, in a machine.
 pub const MAILBOX_DEVICE: &str = "/dev/disk/by-id/virtio-mailbox";
+
+/// Name of the volume of that number; the first one is 0.
+#[must_use]
+pub fn volume_name(index: usize) -> String {
+    format!("vol{index}")
+}
+
+/// Where its owner mounts it.
+#[must_use]
+pub fn mount_point(index: usize) -> String {
+    format!("/srv/vol{index}")
+}
 
 /// The agents' configuration, the same on both nodes.
 #[must_use]
@@ -275,14 +330,18 @@ pub fn twinwrite_toml(options: &Options) -> String {
             node.address()
         );
     }
-    text += &format!(
-        "\n[[volume]]\nname = \"{VOLUME}\"\ndevice = \"{VOLUME_DEVICE}\"\n\
-         mount_point = \"{MOUNT_POINT}\"\nfilesystem = \"{filesystem}\"\n\
-         owner = \"{}\"\nmirror = \"{}\"\n",
-        NodeName::A,
-        NodeName::B
-    );
-    push_lines(&mut text, volume_settings);
+    for (index, disk) in options.volume_disks().enumerate() {
+        text += &format!(
+            "\n[[volume]]\nname = \"{}\"\ndevice = \"/dev/disk/by-id/virtio-{disk}\"\n\
+             mount_point = \"{}\"\nfilesystem = \"{filesystem}\"\n\
+             owner = \"{}\"\nmirror = \"{}\"\n",
+            volume_name(index),
+            mount_point(index),
+            NodeName::A,
+            NodeName::B
+        );
+        push_lines(&mut text, volume_settings);
+    }
     text
 }
 

@@ -18,9 +18,10 @@ use crate::{paths, progress};
 
 const VOLUME_BYTES: u64 = 1 << 30;
 const MAILBOX_BYTES: u64 = 16 << 20;
+const SPARE_BYTES: u64 = 16 << 20;
 const LOCAL_BYTES: u64 = 1 << 30;
 /// The same in every lab, so that two runs differ in nothing they need not differ in.
-const VOLUME_UUID: &str = "77777777-0000-4000-8000-000000000001";
+const VOLUME_UUID: &str = "77777777-0000-4000-8000-";
 
 const PROTECTED_LIMIT: Duration = Duration::from_secs(120);
 
@@ -114,10 +115,16 @@ impl Lab {
             programs,
             &NodeName::ALL.map(|node| self.share(node).join("bin")),
         )?;
-        sparse(&directory.join(qemu::MAILBOX_DISK), MAILBOX_BYTES)?;
-        let volume = directory.join(qemu::VOLUME_DISK);
-        sparse(&volume, VOLUME_BYTES)?;
-        make_filesystem(config.options.filesystem, &volume, Some(VOLUME_UUID))?;
+        sparse(&self.shared_disk(config::MAILBOX_DISK), MAILBOX_BYTES)?;
+        if config.options.spare_disk {
+            sparse(&self.shared_disk(config::SPARE_DISK), SPARE_BYTES)?;
+        }
+        for (index, name) in config.options.volume_disks().enumerate() {
+            let volume = self.shared_disk(&name);
+            sparse(&volume, config.options.volume_bytes.unwrap_or(VOLUME_BYTES))?;
+            let uuid = format!("{VOLUME_UUID}{:012}", index + 1);
+            make_filesystem(config.options.filesystem, &volume, Some(&uuid))?;
+        }
         config.save(directory)
     }
 

@@ -11,6 +11,7 @@ mod command;
 pub mod config;
 mod create;
 pub mod daemon;
+mod disks;
 mod image;
 mod lock;
 mod power;
@@ -28,7 +29,7 @@ use crate::paths;
 pub use agent::{AgentAction, AwaitedState};
 pub use command::{Output, Stream, shell_quoted};
 pub use config::{
-    Filesystem, KernelRelease, Lifetime, LinkKind, NodeName, Options, Programs, Service,
+    DiskKind, Filesystem, KernelRelease, Lifetime, LinkKind, NodeName, Options, Programs, Service,
 };
 pub use power::CrashKind;
 
@@ -112,7 +113,13 @@ impl Lab {
     /// The shared disk that holds the volume.
     #[must_use]
     pub fn volume_disk(&self) -> PathBuf {
-        self.directory.join(qemu::VOLUME_DISK)
+        self.shared_disk(config::VOLUME_DISK)
+    }
+
+    /// A shared disk by its name in the machines.
+    #[must_use]
+    pub fn shared_disk(&self, name: &str) -> PathBuf {
+        self.directory.join(qemu::disk_file(name))
     }
 
     /// What the agent of `node` wrote, over all its starts.

@@ -1,7 +1,7 @@
 //! The command line of a machine. All paths but the image's are relative to the lab's directory,
 //! which is the daemon's working directory: socket names have a length limit.
 
-use super::config::{LabConfig, NodeName};
+use super::config::{DiskKind, LabConfig, NodeName};
 
 const MEMORY_MIB: &str = "1536";
 const PROCESSORS: &str = "2";
@@ -48,6 +48,11 @@ impl Files {
         self.file("local.raw")
     }
 
+    /// Where this machine reaches the shared disks if they are volatile.
+    pub(super) fn disks(&self) -> String {
+        self.file("disks.sock")
+    }
+
     pub(super) fn share(&self) -> String {
         self.file("share")
     }
@@ -67,9 +72,10 @@ impl Files {
     }
 }
 
-/// The shared disks, relative to the lab's directory.
-pub(super) const VOLUME_DISK: &str = "volume.raw";
-pub(super) const MAILBOX_DISK: &str = "mailbox.raw";
+/// A shared disk's file, relative to the lab's directory.
+pub(super) fn disk_file(name: &str) -> String {
+    format!("{name}.raw")
+}
 
 /// Program and arguments that start the machine `node`. `setpriv` makes the kernel end QEMU with
 /// the thread that started it, and replaces itself by QEMU.
@@ -95,15 +101,16 @@ pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<String> {
         kernel_line(node, &config.options.kernel_parameters),
     );
     line.disk("root", &config.root.display().to_string(), "readonly=on");
-    for (name, file) in [
-        ("volume", VOLUME_DISK),
-        ("mailbox", MAILBOX_DISK),
-        ("local", &files.local_disk()),
-    ] {
-        // No host cache: what the guest was told is on the disk outlives the machine, and the other
-        // machine sees it.
-        line.disk(name, file, "cache=none");
+    // No host cache: what the guest was told is on the disk outlives the machine, and the other
+    // machine sees it.
+    const DIRECT: &str = "cache=none";
+    for name in config.options.shared_disks() {
+        match config.options.disks {
+            DiskKind::Plain => line.disk(&name, &disk_file(&name), DIRECT),
+            DiskKind::Volatile => line.served_disk(&name, &files.disks()),
+        }
     }
+    line.disk("local", &files.local_disk(), DIRECT);
     line.pair(
         "-fsdev",
         format!("local,id=host,path={},security_model=none", files.share()),
@@ -160,6 +167,19 @@ impl Line {
         self.pair(
             "-drive",
             format!("if=none,id={name},file={file},format=raw,file.locking=off,{more}"),
+        );
+        self.pair(
+            "-device",
+            format!("virtio-blk-pci,drive={name},serial={name}"),
+        );
+    }
+
+    fn served_disk(&mut self, name: &str, socket: &str) {
+        self.pair(
+            "-drive",
+            format!(
+                "if=none,id={name},file=nbd:unix:{socket}:exportname={name},format=raw,cache=none"
+            ),
         );
         self.pair(
             "-device",

@@ -162,6 +162,8 @@ impl Machine {
             killed: life.kill_sent,
         };
         let details = serde_json::json!({ "how": end.how, "killed": end.killed });
+        // Before anybody is told of the end, and so before the survivor reads a disk.
+        daemon.power_lost(self.node);
         // Logged first: whoever waits for the end logs what it did after it.
         daemon.event("ended", Some(self.node), details);
         life.end = Some(end);

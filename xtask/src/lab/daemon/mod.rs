@@ -27,7 +27,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::config::NodeName;
+use super::config::{DiskKind, LabConfig, NodeName};
+use super::disks::Disks;
 use super::process::ProcessId;
 use super::{clock, files};
 use machine::Machine;
@@ -130,10 +131,16 @@ pub fn run(lab: &Path, owner: Option<&str>) -> Result<()> {
     // Machines end with the thread that started them, so this thread, which lives as long as the
     // process, starts them all.
     let (starts, start_requests) = mpsc::channel();
+    let options = LabConfig::load(".".as_ref())?.options;
+    let disks = match options.disks {
+        DiskKind::Plain => None,
+        DiskKind::Volatile => Some(Disks::serve(&options.shared_disks(), options.disk_seed)?),
+    };
     let daemon = Arc::new(Daemon {
         machines: Mutex::default(),
         starts: Mutex::new(starts),
         shutdown: AtomicBool::new(false),
+        disks,
     });
     daemon.register()?;
     daemon.event("daemon_started", None, serde_json::json!({}));
@@ -190,6 +197,8 @@ pub(super) struct Daemon {
     machines: Mutex<BTreeMap<NodeName, Arc<Machine>>>,
     starts: Mutex<mpsc::Sender<machine::Start>>,
     shutdown: AtomicBool,
+    /// The shared disks, if they are volatile.
+    disks: Option<Arc<Disks>>,
 }
 
 impl Daemon {
@@ -239,6 +248,20 @@ impl Daemon {
     fn kill(&self, node: NodeName) -> Result<bool> {
         self.machine(node)
             .map_or(Ok(false), |machine| machine.kill())
+    }
+
+    /// A machine's process is gone: so is what its disks had not made durable.
+    fn power_lost(&self, node: NodeName) {
+        let Some(disks) = &self.disks else { return };
+        match disks.power_cut(node) {
+            Ok(losses) => {
+                let details = serde_json::json!({
+                    "unflushed_kept": losses.kept, "unflushed_lost": losses.lost,
+                });
+                self.event("power_lost", Some(node), details);
+            }
+            Err(error) => eprintln!("the power cut of {node}: {error:#}"),
+        }
     }
 
     fn end_machines(&self) {
