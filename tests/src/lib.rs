@@ -5,10 +5,11 @@
 //! operation. [`check`] compares the survivor's volume with those. Producing and checking use the
 //! same walker ([`walk`]) and the same manifest ([`manifest`]).
 //!
-//! Nothing here may ask the volume for durability (no fsync, no `O_SYNC`): what survives must have
-//! survived because of twinwrite. Nothing here may use twinwrite's own code: an oracle that shares
+//! Nothing here but [`ahead`] may ask the volume for durability (no fsync, no `O_SYNC`): what survives
+//! must have survived because of twinwrite. Nothing here may use twinwrite's own code: an oracle that shares
 //! the code under test shares its mistakes.
 
+pub mod ahead;
 pub mod check;
 pub mod compare;
 pub mod error;

@@ -10,10 +10,10 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use twinwrite_tests::check::{Expectations, check};
 use twinwrite_tests::stream::write::Options;
-use twinwrite_tests::{overwrite, settled, sqlite, stream, walk};
+use twinwrite_tests::{ahead, overwrite, settled, sqlite, stream, walk};
 
-/// Workloads, and the oracle that says what a crash took from them. All but `overwrite` never ask for
-/// durability.
+/// Workloads, and the oracle that says what a crash took from them. All but `overwrite` and `ahead` never
+/// ask for durability.
 ///
 /// Exit status: 0 all is as it should be, 1 a difference was found, 2 it could not be carried out.
 #[derive(Parser)]
@@ -83,6 +83,25 @@ enum Command {
         #[arg(long)]
         report: Option<PathBuf>,
     },
+    /// Asks the volume for durability again and again, and logs what was confirmed, until killed
+    Ahead {
+        #[command(flatten)]
+        run: AheadArguments,
+        /// The file whose appearance ends the wait after the older content
+        #[arg(long)]
+        go: PathBuf,
+        /// Longest pause between two operations, milliseconds
+        #[arg(long, default_value_t = 20)]
+        pause_ms: u64,
+    },
+    /// Holds what the survivor shows against what `ahead` was told; prints a report
+    AheadCheck {
+        #[command(flatten)]
+        run: AheadArguments,
+        /// All that was written before the wait had reached the mirror
+        #[arg(long)]
+        older_mirrored: bool,
+    },
     /// Prints a manifest of the whole tree
     Inventory {
         /// Top of the tree
@@ -108,6 +127,22 @@ struct OverwriteArguments {
     /// Do not ask for durability
     #[arg(long)]
     no_sync: bool,
+}
+
+#[derive(Args)]
+struct AheadArguments {
+    /// What to do
+    #[arg(long)]
+    case: ahead::Case,
+    /// A directory on the volume
+    #[arg(long)]
+    directory: PathBuf,
+    /// The log (not on the volume)
+    #[arg(long)]
+    log: PathBuf,
+    /// Decides the sequence of operations
+    #[arg(long)]
+    seed: u64,
 }
 
 #[derive(Args)]
@@ -224,6 +259,23 @@ fn run(command: Command) -> anyhow::Result<bool> {
                     .with_context(|| format!("cannot write the report {}", path.display()))?,
                 None => say(&text)?,
             }
+            return Ok(found.pass);
+        }
+        Command::Ahead { run, go, pause_ms } => ahead::run(&ahead::Options {
+            case: run.case,
+            directory: run.directory,
+            log: run.log,
+            go,
+            seed: run.seed,
+            pause: Duration::from_millis(pause_ms),
+        })?,
+        Command::AheadCheck {
+            run,
+            older_mirrored,
+        } => {
+            let (case, seed) = (run.case, run.seed);
+            let found = ahead::judge(case, &run.directory, &run.log, seed, older_mirrored)?;
+            say(&serde_json::to_string(&found)?)?;
             return Ok(found.pass);
         }
         Command::Inventory { root } => {
