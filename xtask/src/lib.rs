@@ -3,6 +3,7 @@
 //! It needs no system library itself, so that it can run on a fresh machine and install what the
 //! rest needs.
 
+pub mod ahead;
 pub mod build;
 pub mod commands;
 pub mod demo;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::commands::{build, demo, run, setup, sim, test, vm};
+use xtask::commands::{build, demo, disk_ahead, run, setup, sim, test, vm};
 use xtask::lab::daemon;
 
 /// Builds, tests, demonstrates and runs twinwrite.
@@ -27,6 +27,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run the cores against models of kernel, disk, network and crash, seed by seed.
     Sim(sim::Arguments),
+    /// Crash machines whose disk is ahead of the mirror, and look for what was confirmed.
+    DiskAhead(disk_ahead::Arguments),
     /// Check, and test with and without virtual machines.
     Test(test::Arguments),
     /// The lab: two virtual machines with a shared disk.
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Sim(arguments) => sim::run(&arguments),
+        Command::DiskAhead(arguments) => disk_ahead::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Vm(arguments) => vm::run(&arguments),
         Command::LabDaemon {

@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod demo;
+pub mod disk_ahead;
 pub mod run;
 pub mod setup;
 pub mod sim;

@@ -65,6 +65,24 @@ impl Lab {
         Ok(at_ms)
     }
 
+    /// Cuts a machine's power at once, without asking it anything before. False if it was dead already.
+    ///
+    /// # Errors
+    /// If it does not die.
+    pub fn cut_power(&self, node: NodeName) -> Result<bool> {
+        if self.machine(node)?.ended.is_some() {
+            return Ok(false);
+        }
+        match self.done(&Request::Kill { node }) {
+            Ok(_) => Ok(true),
+            // Somebody else may have been quicker.
+            Err(error) => match self.machine(node)?.ended {
+                Some(_) => Ok(false),
+                None => Err(error),
+            },
+        }
+    }
+
     fn bring_about(&self, node: NodeName, kind: CrashKind) -> Result<()> {
         let letter = match kind {
             CrashKind::Kill => return self.done(&Request::Kill { node }).map(drop),

@@ -1,0 +1,166 @@
+//! The two machines with all volumes: what their agents say of them together.
+
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use super::CASES;
+use super::report::Checked;
+use crate::lab::config::{mount_point, volume_name};
+use crate::lab::{AgentAction, Filesystem, Lab, NodeName};
+use crate::progress;
+
+const POLL: Duration = Duration::from_millis(100);
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// The pair.
+pub(super) struct Pair<'a> {
+    pub(super) lab: &'a Lab,
+    pub(super) owner: NodeName,
+    pub(super) seed: u64,
+    filesystem: Filesystem,
+    gate_off: bool,
+}
+
+impl<'a> Pair<'a> {
+    /// Starts the agents; A owns all volumes.
+    pub(super) fn begin(
+        lab: &'a Lab,
+        filesystem: Filesystem,
+        gate_off: bool,
+        seed: u64,
+    ) -> Result<Self> {
+        let pair = Self {
+            lab,
+            owner: NodeName::A,
+            seed,
+            filesystem,
+            gate_off,
+        };
+        for node in NodeName::ALL {
+            pair.start_agent(node)?;
+        }
+        pair.await_all("protected", |volume| {
+            volume["role"] == "owner" && volume["protection"] == "protected"
+        })?;
+        Ok(pair)
+    }
+
+    pub(super) fn volumes(&self) -> std::ops::Range<usize> {
+        0..CASES.len()
+    }
+
+    pub(super) fn start_agent(&self, node: NodeName) -> Result<()> {
+        let gate = if self.gate_off {
+            "TWINWRITE_TEST_GATE_OFF=1 "
+        } else {
+            ""
+        };
+        let start = format!("{gate}twinwrite-agent start");
+        self.lab.run(node, &start).map(drop)
+    }
+
+    /// What the owner's agent says of all volumes, in their order.
+    pub(super) fn status(&self) -> Result<Vec<Value>> {
+        let status = self.lab.agent_status(self.owner)?;
+        let all = status["volumes"].as_array().map(Vec::as_slice);
+        let all = all.unwrap_or_default();
+        self.volumes()
+            .map(|index| {
+                let name = volume_name(index);
+                let found = all.iter().find(|volume| volume["name"] == name.as_str());
+                let found = found.with_context(|| format!("nothing is said of {name}"))?;
+                Ok(found.clone())
+            })
+            .collect()
+    }
+
+    /// Waits until the owner's agent says so of all volumes.
+    pub(super) fn await_all(
+        &self,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Result<Vec<Value>> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let status = self.status();
+            if let Ok(volumes) = &status
+                && volumes.iter().all(&holds)
+            {
+                return status;
+            }
+            if self.lab.machine(self.owner)?.ended.is_some() {
+                bail!("{} died before all volumes were {what}", self.owner);
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "not all volumes of {} are {what} after {} s\n{}",
+                    self.owner,
+                    LIMIT.as_secs(),
+                    self.lab.explain()
+                );
+            }
+            sleep(POLL);
+        }
+    }
+
+    /// The volumes whose records are all in the mirror's memory, once that is so of all or `limit` is
+    /// over.
+    pub(super) fn mirrored(&self, limit: Duration) -> Result<Vec<bool>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let all: Vec<bool> = self
+                .status()?
+                .iter()
+                .map(|volume| {
+                    volume["protection"] == "protected"
+                        && volume["lag_records"] == 0
+                        && volume["captured_seq"] == volume["mirrored_seq"]
+                })
+                .collect();
+            if all.iter().all(|mirrored| *mirrored) || Instant::now() >= deadline {
+                return Ok(all);
+            }
+            sleep(POLL);
+        }
+    }
+
+    /// Ends the agents and checks every file system on the host without changing it.
+    pub(super) fn check_filesystems(&self) -> Result<Checked> {
+        progress::step("Checking the file systems themselves", || {
+            for node in [self.owner, self.owner.peer()] {
+                self.lab.agent(node, AgentAction::Stop)?;
+            }
+            let mut checked = Checked::default();
+            for index in self.volumes() {
+                let mount = mount_point(index);
+                let unmount = format!("if mountpoint -q {mount}; then umount {mount}; fi; sync");
+                self.lab.run(self.owner, &unmount)?;
+            }
+            for index in self.volumes() {
+                let disk = match index {
+                    0 => self.lab.volume_disk(),
+                    _ => self.lab.shared_disk(&format!("volume{index}")),
+                };
+                let (program, arguments) = match self.filesystem {
+                    Filesystem::Ext4 => ("/usr/sbin/e2fsck", ["-f", "-n"]),
+                    Filesystem::Xfs => ("/usr/sbin/xfs_repair", ["-n", "-f"]),
+                };
+                let output = Command::new(program).args(arguments).arg(disk).output();
+                let output = output.with_context(|| format!("cannot start {program}"))?;
+                checked.volumes += 1;
+                if !output.status.success() {
+                    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+                    checked
+                        .unclean
+                        .push(format!("{}: {said}", volume_name(index)));
+                }
+            }
+            ensure!(checked.volumes > 0, "no file system was checked");
+            Ok(checked)
+        })
+    }
+}

@@ -1,0 +1,157 @@
+//! What a run of the suite found.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use super::Plan;
+use super::disturbance::Disturbance;
+use super::round::Round;
+
+/// The file systems of a part, checked at its end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Checked {
+    /// Volumes that were checked.
+    pub volumes: u64,
+    /// What the checker said of those that are not clean.
+    pub unclean: Vec<String>,
+}
+
+/// Everything.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Decides the run, together with the commit.
+    pub seed: u64,
+    /// The negative control.
+    pub gate_off: bool,
+    /// Seconds of the whole run, with the machines' boot.
+    pub seconds: f64,
+    /// What ended the run before its end.
+    pub error: Option<String>,
+    /// All rounds.
+    pub rounds: Vec<Round>,
+    /// The file systems at the end of each part.
+    pub checked: Vec<Checked>,
+}
+
+#[derive(Default)]
+struct Sum {
+    crashes: u64,
+    confirmations: u64,
+    failed: u64,
+}
+
+impl Report {
+    pub(super) fn new(plan: &Plan) -> Self {
+        Self {
+            seed: plan.seed,
+            gate_off: plan.gate_off,
+            seconds: 0.0,
+            error: None,
+            rounds: Vec::new(),
+            checked: Vec::new(),
+        }
+    }
+
+    /// Crashes of a volume.
+    #[must_use]
+    pub fn crashes(&self) -> u64 {
+        let crashes = self.rounds.iter().map(|round| round.judgements.len());
+        crashes.sum::<usize>() as u64
+    }
+
+    /// Crashes of a volume after which something was missing, and file systems that are not clean.
+    #[must_use]
+    pub fn failures(&self) -> usize {
+        let unclean = self.checked.iter().map(|checked| checked.unclean.len());
+        self.rounds.iter().map(Round::failures).sum::<usize>() + unclean.sum::<usize>()
+    }
+
+    /// Crashes of a volume up to and with the first after which something confirmed was missing.
+    #[must_use]
+    pub fn first_confirmed_loss(&self) -> Option<u64> {
+        let all = self.rounds.iter().flat_map(|round| &round.judgements);
+        all.zip(1..)
+            .find(|(found, _)| found.confirmed_lost > 0)
+            .map(|(_, crash)| crash)
+    }
+
+    /// What makes a run worthless although it failed nowhere.
+    #[must_use]
+    pub fn doubts(&self) -> Vec<&'static str> {
+        let mut doubts = Vec::new();
+        if self.rounds.iter().all(|round| round.witness_lost == 0) {
+            doubts.push("no cut took an unflushed page: the disk is not what it should be");
+        }
+        let all = || self.rounds.iter().flat_map(|round| &round.judgements);
+        if all().map(|found| found.confirmations).sum::<u64>() == 0 {
+            doubts.push("nothing was confirmed");
+        }
+        if self.rounds.iter().all(|round| round.records_replayed == 0) {
+            doubts.push("no takeover merged anything");
+        }
+        doubts
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn told(&self) -> String {
+        let mut text = String::new();
+        let cuts = self.rounds.len();
+        let crashes = self.crashes();
+        let each = self.seconds / (crashes.max(1) as f64);
+        let _ = writeln!(
+            text,
+            "{crashes} crashes of a volume in {cuts} power cuts, {:.0} s: {each:.1} s a crash; seed {}{}",
+            self.seconds,
+            self.seed,
+            if self.gate_off { ", gate off" } else { "" }
+        );
+        let mut cases: BTreeMap<&str, Sum> = BTreeMap::new();
+        let mut disturbances: BTreeMap<&str, Sum> = BTreeMap::new();
+        for round in &self.rounds {
+            let disturbance = match round.schedule.disturbance {
+                Disturbance::Nothing => "nothing",
+                Disturbance::LinkCut => "link cut",
+                Disturbance::LinkDelayed { .. } => "link delayed",
+                Disturbance::LinkSlow { .. } => "link slow",
+                Disturbance::AgentStopped => "agent stopped",
+                Disturbance::AgentKilled => "agent killed",
+            };
+            for found in &round.judgements {
+                for sum in [
+                    cases.entry(&found.case).or_default(),
+                    disturbances.entry(disturbance).or_default(),
+                ] {
+                    sum.crashes += 1;
+                    sum.confirmations += found.confirmations;
+                    sum.failed += u64::from(!found.pass);
+                }
+            }
+        }
+        for (name, sum) in cases.iter().chain(&disturbances) {
+            let _ = writeln!(
+                text,
+                "  {name}: {} crashes, {} operations confirmed, {} failed",
+                sum.crashes, sum.confirmations, sum.failed
+            );
+        }
+        let checked: u64 = self.checked.iter().map(|checked| checked.volumes).sum();
+        let unclean: Vec<&String> = self.checked.iter().flat_map(|c| &c.unclean).collect();
+        let _ = writeln!(
+            text,
+            "  file systems checked {checked}, not clean {}: {unclean:?}",
+            unclean.len()
+        );
+        let lost: u64 = self.rounds.iter().map(|round| round.unflushed_lost).sum();
+        let _ = writeln!(text, "  unflushed writes lost by the disks: {lost}");
+        for doubt in self.doubts() {
+            let _ = writeln!(text, "  worthless: {doubt}");
+        }
+        if let Some(error) = &self.error {
+            let _ = writeln!(text, "  ended early: {error}");
+        }
+        text
+    }
+}

@@ -1,0 +1,84 @@
+//! `cargo xtask disk-ahead`
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+
+use crate::ahead::{self, Plan};
+use crate::build::{self, Profile};
+use crate::lab::{Filesystem, KernelRelease, Programs};
+
+/// Its arguments.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Crashes of a volume, at least; one power cut is one of each volume.
+    #[arg(long, default_value_t = 500)]
+    crashes: u64,
+    /// Decides everything that is random.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only this file system. Default: both, one after the other.
+    #[arg(long)]
+    fs: Option<Filesystem>,
+    /// Only this kernel. Default: both, one after the other.
+    #[arg(long)]
+    kernel: Option<KernelRelease>,
+    /// The negative control: with the gate switched off the suite must fail.
+    #[arg(long)]
+    gate_off: bool,
+    /// End with the first failure.
+    #[arg(long)]
+    stop_at_failure: bool,
+    /// Leave out the rounds that take minutes.
+    #[arg(long)]
+    brief: bool,
+    /// Write everything as JSON.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Name of its lab.
+    #[arg(long, default_value = "disk-ahead")]
+    lab: String,
+    /// Do not compile; put in what an earlier build left.
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// Crashes, judges and tells.
+///
+/// # Errors
+/// If the report cannot be written.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    if !arguments.no_build {
+        build::build(Profile::Release)?;
+    }
+    let plan = Plan {
+        crashes: arguments.crashes,
+        seed: arguments.seed,
+        filesystems: arguments
+            .fs
+            .map_or_else(|| vec![Filesystem::Ext4, Filesystem::Xfs], |fs| vec![fs]),
+        kernels: arguments.kernel.map_or_else(
+            || vec![KernelRelease::V6_12, KernelRelease::V6_1],
+            |kernel| vec![kernel],
+        ),
+        gate_off: arguments.gate_off,
+        stop_at_failure: arguments.stop_at_failure,
+        brief: arguments.brief,
+        lab: arguments.lab.clone(),
+        programs: Programs::AsBuilt,
+    };
+    let report = ahead::run(&plan);
+    print!("{}", report.told());
+    if let Some(path) = &arguments.report {
+        fs::write(path, serde_json::to_vec_pretty(&report)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let sound = report.error.is_none() && report.doubts().is_empty();
+    Ok(if sound && report.failures() == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
