@@ -1,5 +1,5 @@
 //! PostgreSQL on the volume. The server is the distribution's; it is started where it does not run
-//! and left running, and its data directory is used again by the next run.
+//! and left running. Its data directory must be there, and the next run uses it again.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -12,8 +12,6 @@ use super::database::{Database, ROWS};
 use crate::error::{Error, Told as _};
 use crate::random::Random;
 
-/// A data directory that was made with the machine's image.
-const TEMPLATE: &str = "/var/lib/postgresql/template";
 const PROGRAMS: &str = "/usr/lib/postgresql/15/bin";
 const SOCKETS: &str = "/tmp";
 const START_LIMIT: Duration = Duration::from_secs(90);
@@ -125,13 +123,6 @@ fn client() -> Command {
 impl Postgres {
     pub(super) fn create(options: &Options, _: &mut Random) -> Result<Self, Error> {
         let directory = &options.directory;
-        if !data(directory).join("PG_VERSION").exists() {
-            std::fs::create_dir_all(directory).told("make directory", directory)?;
-            let mut copy = Command::new("cp");
-            copy.arg("-a").arg(TEMPLATE).arg(data(directory));
-            output_of(&mut copy, directory)?;
-            rustix::fs::sync();
-        }
         serve(directory)?;
         let mut client = client()
             .stdin(Stdio::piped())

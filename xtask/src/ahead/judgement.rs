@@ -5,9 +5,9 @@ use std::fs;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-use super::CASES;
 use super::pair::Pair;
 use super::round;
+use super::{CASES, POSTGRES};
 use crate::lab::NodeName;
 
 /// What the oracle found on one volume.
@@ -53,11 +53,16 @@ pub(super) fn judge(
             Some(true) => "--older-mirrored",
             _ => "",
         };
+        // A database that is used again stays.
+        let clear = match *case {
+            POSTGRES => "true".to_owned(),
+            _ => format!("rm -rf {directory}"),
+        };
         let seed = round::seed(pair.seed, number, index);
         script += &format!(
             "(twinwrite-workload ahead-check --case {case} --directory {directory} --log /host/{log} \
              --seed {seed} {flag} >/host/judged/vol{index}.json 2>/host/judged/vol{index}.err &&\n \
-             rm -rf {directory}) &\n"
+             {clear}) &\n"
         );
     }
     script += "wait\n";

@@ -33,7 +33,10 @@ pub const CASES: &[&str] = &[
     "rename",
     "sqlite-delete",
     "sqlite-wal",
+    POSTGRES,
 ];
+/// The one that is prepared once and used in every round.
+const POSTGRES: &str = "postgres";
 
 /// XFS makes no smaller file system.
 const VOLUME_BYTES: u64 = 320 << 20;
@@ -87,6 +90,7 @@ fn run_parts(plan: &Plan, report: &mut Report) -> Result<()> {
         .iter()
         .flat_map(|kernel| plan.filesystems.iter().map(|fs| (*kernel, *fs)))
         .collect();
+    Lab::prepare()?;
     let mut random = Random::new(plan.seed);
     for (index, (kernel, filesystem)) in parts.iter().enumerate() {
         let share = plan.crashes * (index as u64 + 1) / parts.len() as u64;

@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::CASES;
 use super::report::Checked;
-use crate::lab::config::{mount_point, volume_name};
+use super::{CASES, POSTGRES};
+use crate::lab::config::{mount_point, volume_device, volume_disk, volume_name};
 use crate::lab::{AgentAction, Filesystem, Lab, NodeName};
 use crate::progress;
 
 const POLL: Duration = Duration::from_millis(100);
+/// An empty database in the machines' image.
+const TEMPLATE: &str = "/var/lib/postgresql/template";
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// The pair.
@@ -40,6 +42,7 @@ impl<'a> Pair<'a> {
             filesystem,
             gate_off,
         };
+        pair.prepare_postgres()?;
         for node in NodeName::ALL {
             pair.start_agent(node)?;
         }
@@ -47,6 +50,19 @@ impl<'a> Pair<'a> {
             volume["role"] == "owner" && volume["protection"] == "protected"
         })?;
         Ok(pair)
+    }
+
+    /// Lays an empty database onto its volume before anything is captured.
+    fn prepare_postgres(&self) -> Result<()> {
+        let Some(index) = CASES.iter().position(|case| *case == POSTGRES) else {
+            return Ok(());
+        };
+        let (device, mount) = (volume_device(index), mount_point(index));
+        let script = format!(
+            "set -e; mkdir -p {mount}; mount {device} {mount}; mkdir {mount}/{POSTGRES}\n\
+             cp -a {TEMPLATE} {mount}/{POSTGRES}/data; umount {mount}"
+        );
+        self.lab.run(self.owner, &script).map(drop)
     }
 
     pub(super) fn volumes(&self) -> std::ops::Range<usize> {
@@ -141,10 +157,7 @@ impl<'a> Pair<'a> {
                 self.lab.run(self.owner, &unmount)?;
             }
             for index in self.volumes() {
-                let disk = match index {
-                    0 => self.lab.volume_disk(),
-                    _ => self.lab.shared_disk(&format!("volume{index}")),
-                };
+                let disk = self.lab.shared_disk(&volume_disk(index));
                 let (program, arguments) = match self.filesystem {
                     Filesystem::Ext4 => ("/usr/sbin/e2fsck", ["-f", "-n"]),
                     Filesystem::Xfs => ("/usr/sbin/xfs_repair", ["-n", "-f"]),

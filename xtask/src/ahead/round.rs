@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::disturbance::Schedule;
 use super::judgement::{self, Judgement};
 use super::pair::Pair;
-use super::{CASES, Plan, witness};
+use super::{CASES, POSTGRES, Plan, witness};
 use crate::lab::config::mount_point;
 use crate::lab::{Lab, NodeName};
 use crate::random::Random;
@@ -85,7 +85,10 @@ impl Round {
 
 /// Where a volume's application works in a round.
 pub(super) fn directory(index: usize, number: u64) -> String {
-    format!("{}/round{number}", mount_point(index))
+    match CASES.get(index) {
+        Some(&POSTGRES) => format!("{}/{POSTGRES}", mount_point(index)),
+        _ => format!("{}/round{number}", mount_point(index)),
+    }
 }
 
 /// An application's log in the share of its machine.

@@ -229,8 +229,7 @@ pub struct Options {
 impl Options {
     /// Names of the volumes' disks, the first volume's first.
     pub(super) fn volume_disks(&self) -> impl Iterator<Item = String> {
-        let more = (1..=self.more_volumes).map(|index| format!("{VOLUME_DISK}{index}"));
-        std::iter::once(VOLUME_DISK.to_owned()).chain(more)
+        (0..=self.more_volumes).map(volume_disk)
     }
 
     /// Names of all disks that both machines see.
@@ -296,6 +295,21 @@ pub const SPARE_DISK: &str = "spare";
 /// The small shared disk for heartbeats, in a machine.
 pub const MAILBOX_DEVICE: &str = "/dev/disk/by-id/virtio-mailbox";
 
+/// Name of the disk of the volume of that number.
+#[must_use]
+pub fn volume_disk(index: usize) -> String {
+    match index {
+        0 => VOLUME_DISK.to_owned(),
+        _ => format!("{VOLUME_DISK}{index}"),
+    }
+}
+
+/// That disk in a machine.
+#[must_use]
+pub fn volume_device(index: usize) -> String {
+    format!("/dev/disk/by-id/virtio-{}", volume_disk(index))
+}
+
 /// Name of the volume of that number; the first one is 0.
 #[must_use]
 pub fn volume_name(index: usize) -> String {
@@ -330,12 +344,13 @@ pub fn twinwrite_toml(options: &Options) -> String {
             node.address()
         );
     }
-    for (index, disk) in options.volume_disks().enumerate() {
+    for index in 0..=options.more_volumes {
         text += &format!(
-            "\n[[volume]]\nname = \"{}\"\ndevice = \"/dev/disk/by-id/virtio-{disk}\"\n\
+            "\n[[volume]]\nname = \"{}\"\ndevice = \"{}\"\n\
              mount_point = \"{}\"\nfilesystem = \"{filesystem}\"\n\
              owner = \"{}\"\nmirror = \"{}\"\n",
             volume_name(index),
+            volume_device(index),
             mount_point(index),
             NodeName::A,
             NodeName::B

@@ -70,6 +70,14 @@ impl Lab {
         Ok(lab)
     }
 
+    /// Makes what machines are booted from, if that was not done before.
+    ///
+    /// # Errors
+    /// If the host lacks something, or a package cannot be downloaded or unpacked.
+    pub fn prepare() -> Result<()> {
+        image::ensure().map(drop)
+    }
+
     fn programs(programs: Programs) -> Result<Vec<std::path::PathBuf>> {
         match programs {
             Programs::Build => {

@@ -109,6 +109,7 @@ fn inputs_hash() -> u64 {
     (
         root::SUITE,
         root::PACKAGES,
+        root::POSTGRESQL,
         root::MODULES,
         kernel::INITRD_MODULES,
     )
