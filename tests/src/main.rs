@@ -94,6 +94,11 @@ enum Command {
         #[arg(long, default_value_t = 20)]
         pause_ms: u64,
     },
+    /// Overwrites all that an interrupted `ahead` left, goes on in its log, and ends
+    AheadFollow {
+        #[command(flatten)]
+        run: AheadArguments,
+    },
     /// Holds what the survivor shows against what `ahead` was told; prints a report
     AheadCheck {
         #[command(flatten)]
@@ -268,6 +273,14 @@ fn run(command: Command) -> anyhow::Result<bool> {
             go,
             seed: run.seed,
             pause: Duration::from_millis(pause_ms),
+        })?,
+        Command::AheadFollow { run } => ahead::follow(&ahead::Options {
+            case: run.case,
+            directory: run.directory,
+            log: run.log,
+            go: PathBuf::new(),
+            seed: run.seed,
+            pause: Duration::ZERO,
         })?,
         Command::AheadCheck {
             run,

@@ -37,26 +37,14 @@ struct Blocks<'a> {
     aligned: Vec<u8>,
 }
 
+pub(super) fn follow(run: Run<'_>) -> Result<(), Error> {
+    let mut blocks = Blocks::open(run)?;
+    blocks.write_all_durably()
+}
+
 pub(super) fn run(run: Run<'_>, random: &mut Random) -> Result<(), Error> {
     let case = run.options.case;
-    run.make_directory()?;
-    let path = path(run.directory());
-    let open = |flags: i32| {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        options.custom_flags(flags).open(&path).told("open", &path)
-    };
-    let mut blocks = Blocks {
-        plain: open(0)?,
-        data_sync: open(libc::O_DSYNC)?,
-        sync: open(libc::O_SYNC)?,
-        direct: open(libc::O_DIRECT)?,
-        direct_sync: open(libc::O_DIRECT | libc::O_DSYNC)?,
-        run,
-        path,
-        mapping: None,
-        aligned: vec![0; 2 * BLOCK_BYTES],
-    };
+    let mut blocks = Blocks::open(run)?;
     blocks.older_content(random)?;
     blocks.run.wait()?;
     if case == Case::Msync {
@@ -75,7 +63,37 @@ pub(super) fn run(run: Run<'_>, random: &mut Random) -> Result<(), Error> {
     }
 }
 
-impl Blocks<'_> {
+impl<'a> Blocks<'a> {
+    fn open(run: Run<'a>) -> Result<Self, Error> {
+        run.make_directory()?;
+        let path = path(run.directory());
+        let open = |flags: i32| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false);
+            options.custom_flags(flags).open(&path).told("open", &path)
+        };
+        Ok(Self {
+            plain: open(0)?,
+            data_sync: open(libc::O_DSYNC)?,
+            sync: open(libc::O_SYNC)?,
+            direct: open(libc::O_DIRECT)?,
+            direct_sync: open(libc::O_DIRECT | libc::O_DSYNC)?,
+            run,
+            path,
+            mapping: None,
+            aligned: vec![0; 2 * BLOCK_BYTES],
+        })
+    }
+
+    fn write_all_durably(&mut self) -> Result<(), Error> {
+        let mut last = 0;
+        for cell in 0..BLOCKS {
+            last = self.write(cell)?;
+        }
+        self.plain.sync_all().told("fsync", &self.path)?;
+        self.run.log.confirmed(last, Reach::All)
+    }
+
     fn block(&self, cell: u32, version: u64) -> Vec<u8> {
         block(self.run.options.seed, cell, 0, version)
     }
@@ -83,12 +101,7 @@ impl Blocks<'_> {
     /// Every block at least once, not flushed; sometimes over a durable file.
     fn older_content(&mut self, random: &mut Random) -> Result<(), Error> {
         if random.below(2) == 0 {
-            let mut last = 0;
-            for cell in 0..BLOCKS {
-                last = self.write(cell)?;
-            }
-            self.plain.sync_all().told("fsync", &self.path)?;
-            self.run.log.confirmed(last, Reach::All)?;
+            self.write_all_durably()?;
         }
         for cell in 0..BLOCKS {
             self.write(cell)?;

@@ -39,6 +39,14 @@ pub(super) fn run<D: Database>(
     }
 }
 
+/// All rows in one durable transaction.
+pub(super) fn follow(mut run: Run<'_>, mut database: impl Database) -> Result<(), Error> {
+    let rows: Vec<u32> = (0..ROWS).collect();
+    let version = run.log.try_cells(&rows)?;
+    database.commit(version, &rows, true)?;
+    run.log.confirmed(version, Reach::All)
+}
+
 fn rows(random: &mut Random) -> Vec<u32> {
     let mut rows: Vec<u32> = (0..ROWS_EACH)
         .map(|_| random.below(ROWS.into()) as u32)

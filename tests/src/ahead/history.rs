@@ -34,6 +34,23 @@ impl Log {
         })
     }
 
+    /// Goes on behind the last version of a log.
+    pub(super) fn resume(path: &Path) -> Result<Self, Error> {
+        let history = History::load(path)?;
+        let whole = std::fs::read(path).told("read", path)?;
+        let end = whole.iter().rposition(|byte| *byte == b'\n');
+        let file = File::options().append(true).open(path);
+        let file = file.told("open the log", path)?;
+        // A line that was cut off would swallow the next one.
+        file.set_len(end.map_or(0, |end| end as u64 + 1))
+            .told("shorten the log", path)?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            last: history.versions.keys().last().copied().unwrap_or_default(),
+        })
+    }
+
     fn line(&mut self, line: &str) -> Result<(), Error> {
         let bytes = format!("{line}\n");
         self.file
@@ -167,6 +184,11 @@ mod tests {
         let older: Vec<_> = history.cells.values().map(|cell| cell.older).collect();
         assert_eq!(older, [Some(1), Some(2), Some(2)]);
         assert_eq!((history.confirmations, history.ready), (2, true));
+        let mut log = Log::resume(&path).expect("the log");
+        assert_eq!(log.try_cells(&[0]).expect("a line"), 7);
+        log.confirmed(7, Reach::Own).expect("a line");
+        let history = History::load(&path).expect("a history");
+        assert_eq!(history.cells.get(&0).and_then(|c| c.confirmed), Some(7));
         std::fs::write(&path, "own 9\n").expect("a damaged log");
         assert!(History::load(&path).is_err());
     }

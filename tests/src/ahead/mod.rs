@@ -86,6 +86,25 @@ pub fn run(options: &Options) -> Result<(), Error> {
     }
 }
 
+/// Overwrites everything that an interrupted run left, as somebody else who mounts the volume, and
+/// goes on in its log; all of it is confirmed when this returns.
+///
+/// # Errors
+/// [`Error`] for the first call that fails.
+pub fn follow(options: &Options) -> Result<(), Error> {
+    let log = Log::resume(&options.log)?;
+    let run = Run { options, log };
+    match options.case {
+        Case::Fsync | Case::SyncWrite | Case::Direct | Case::Msync => blocks::follow(run),
+        Case::Rename => replaced::follow(run),
+        Case::SqliteDelete | Case::SqliteWal => {
+            database::follow(run, sqlite::Sqlite::open(options)?)
+        }
+        // A server that cannot be told to end before the unmount.
+        Case::Postgres => Ok(()),
+    }
+}
+
 /// What the cases have in common.
 struct Run<'a> {
     options: &'a Options,

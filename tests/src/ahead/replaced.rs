@@ -32,19 +32,28 @@ pub(super) fn run(mut run: Run<'_>, random: &mut Random) -> Result<(), Error> {
         }
     }
     run.wait()?;
-    let directory = File::open(run.directory()).told("open", run.directory())?;
     loop {
         let cell = random.below(FILES.into()) as u32;
         if random.below(4) == 0 {
             let version = run.log.try_cells(&[cell])?;
             replace(&run, cell, version, false)?;
         }
-        let version = run.log.try_cells(&[cell])?;
-        replace(&run, cell, version, true)?;
-        directory.sync_all().told("fsync", run.directory())?;
-        run.log.confirmed(version, Reach::Own)?;
+        replace_durably(&mut run, cell)?;
         run.pause(random);
     }
+}
+
+pub(super) fn follow(mut run: Run<'_>) -> Result<(), Error> {
+    run.make_directory()?;
+    (0..FILES).try_for_each(|cell| replace_durably(&mut run, cell))
+}
+
+fn replace_durably(run: &mut Run<'_>, cell: u32) -> Result<(), Error> {
+    let version = run.log.try_cells(&[cell])?;
+    replace(run, cell, version, true)?;
+    let directory = File::open(run.directory()).told("open", run.directory())?;
+    directory.sync_all().told("fsync", run.directory())?;
+    run.log.confirmed(version, Reach::Own)
 }
 
 fn write(run: &Run<'_>, path: &Path, cell: u32, version: u64) -> Result<File, Error> {

@@ -60,6 +60,18 @@ impl Sqlite {
     }
 }
 
+impl Sqlite {
+    /// A database that is there.
+    pub(super) fn open(options: &Options) -> Result<Self, Error> {
+        let path = path(&options.directory);
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE;
+        match Connection::open_with_flags(&path, flags) {
+            Ok(connection) => Ok(Self { connection, path }),
+            Err(source) => Err(Error::Database { path, source }),
+        }
+    }
+}
+
 impl Database for Sqlite {
     fn commit(&mut self, version: u64, rows: &[u32], durable: bool) -> Result<(), Error> {
         // A checkpoint without care would leave rows that no later commit makes durable.

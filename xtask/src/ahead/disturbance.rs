@@ -1,113 +1,176 @@
 //! What happens to the mirroring before the power goes.
 
-use std::time::Duration;
-
 use anyhow::Result;
+use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::lab::{Lab, NodeName};
+use crate::lab::{AgentAction, Lab, NodeName};
 use crate::random::Random;
 
-/// A disturbance of the owner's mirroring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+/// Kinds of disturbance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Disturbance {
     /// None.
     Nothing,
     /// The wire is cut.
     LinkCut,
+    /// The wire is cut for so long that the epoch has ended since long.
+    LinkCutForLong,
     /// Every packet of the owner is late.
-    LinkDelayed {
-        /// By so much.
-        delay_ms: u64,
-    },
+    LinkDelayed,
     /// The owner's packets crawl.
-    LinkSlow {
-        /// So many kilobits a second.
-        rate_kbit: u64,
-    },
+    LinkSlow,
     /// The owner's agent gets SIGSTOP.
     AgentStopped,
     /// The owner's agent gets SIGKILL.
     AgentKilled,
+    /// The mirror's agent gets SIGKILL right before the cut, and somebody mounts the volumes by hand and
+    /// overwrites what is there, before it comes back with the region it left.
+    MountedElsewhere,
 }
 
-/// When what happens in a round.
+/// What happens in a round, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Schedule {
     /// What happens.
     pub disturbance: Disturbance,
+    /// How late the packets are, or how many kilobits a second they make.
+    pub amount: u64,
     /// The applications go on so long before it.
     pub before_ms: u64,
     /// The power goes so long after both.
     pub after_ms: u64,
 }
 
-impl Schedule {
-    /// A seeded one. The peer of a stopped or killed agent fences its node after three seconds.
+/// Of 100 rounds so many.
+const SHARES: [(Disturbance, u64); 6] = [
+    (Disturbance::Nothing, 9),
+    (Disturbance::LinkCut, 30),
+    (Disturbance::LinkDelayed, 10),
+    (Disturbance::LinkSlow, 10),
+    (Disturbance::AgentStopped, 21),
+    (Disturbance::AgentKilled, 20),
+];
+/// Every so many rounds, one of each of the kinds that take minutes.
+const LONG_EVERY: u64 = 12;
+
+impl Disturbance {
+    /// A seeded kind for the round of that number. `brief`: none that takes minutes.
     #[must_use]
-    pub fn any(random: &mut Random) -> Self {
-        let (disturbance, most_ms) = match random.below(100) {
-            0..=8 => (Disturbance::Nothing, 2000),
-            9..=38 => (Disturbance::LinkCut, 3500),
-            39..=48 => {
-                let delay_ms = 50 + random.below(900);
-                (Disturbance::LinkDelayed { delay_ms }, 3000)
+    pub fn any(random: &mut Random, number: u64, brief: bool) -> Self {
+        if !brief && number % LONG_EVERY == LONG_EVERY / 3 {
+            return Self::LinkCutForLong;
+        }
+        if !brief && number % LONG_EVERY == 2 * LONG_EVERY / 3 {
+            return Self::MountedElsewhere;
+        }
+        let mut drawn = random.below(SHARES.iter().map(|(_, share)| share).sum());
+        for (kind, share) in SHARES {
+            if drawn < share {
+                return kind;
             }
-            49..=58 => {
-                let rate_kbit = 40 + random.below(400);
-                (Disturbance::LinkSlow { rate_kbit }, 3000)
-            }
-            59..=79 => (Disturbance::AgentStopped, 2500),
-            _ => (Disturbance::AgentKilled, 2500),
+            drawn -= share;
+        }
+        Self::Nothing
+    }
+
+    /// When what happens, by seed. The peer of a stopped or killed agent fences its node after three
+    /// seconds, so the cut comes before.
+    #[must_use]
+    pub fn schedule(self, random: &mut Random) -> Schedule {
+        let (least_ms, most_ms) = match self {
+            Self::Nothing => (100, 2000),
+            Self::LinkCut => (150, 3500),
+            Self::LinkCutForLong => (60_000, 90_000),
+            Self::LinkDelayed | Self::LinkSlow => (150, 3000),
+            Self::AgentStopped | Self::AgentKilled => (150, 2500),
+            Self::MountedElsewhere => (0, 1),
         };
         // Mostly all that is confirmed is confirmed after the disturbance.
-        let before_ms = match random.below(3) {
-            0 => random.below(600),
+        let before_ms = match (self, random.below(3)) {
+            (Self::MountedElsewhere, _) | (_, 0) => random.below(600),
             _ => 0,
         };
-        Self {
-            disturbance,
+        Schedule {
+            disturbance: self,
+            amount: match self {
+                Self::LinkDelayed => 50 + random.below(900),
+                Self::LinkSlow => 40 + random.below(400),
+                _ => 0,
+            },
             before_ms,
-            after_ms: 150 + random.below(most_ms),
+            after_ms: least_ms + random.below(most_ms - least_ms),
         }
     }
 
-    /// The wire is cut for so long that the epoch has ended since long.
+    /// Its name on the command line.
     #[must_use]
-    pub fn exposed_for(time: Duration) -> Self {
-        Self {
-            disturbance: Disturbance::LinkCut,
-            before_ms: 0,
-            after_ms: time.as_millis() as u64,
-        }
+    pub fn name(self) -> String {
+        self.to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default()
     }
 }
 
-impl Disturbance {
-    /// Brings it about.
+impl Schedule {
+    /// Brings the disturbance about.
     pub(super) fn begin(self, lab: &Lab, owner: NodeName) -> Result<()> {
         let agent = "$(cat /run/twinwrite-agent.pid)";
-        let command = match self {
-            Self::Nothing => return Ok(()),
-            Self::LinkCut => return lab.cut_link().map(drop),
-            Self::LinkDelayed { delay_ms } => {
-                format!("tc qdisc replace dev eth0 root netem delay {delay_ms}ms limit 100000")
+        let amount = self.amount;
+        let netem = "tc qdisc replace dev eth0 root netem limit 100000";
+        let command = match self.disturbance {
+            Disturbance::Nothing => return Ok(()),
+            Disturbance::LinkCut | Disturbance::LinkCutForLong => {
+                return lab.cut_link().map(drop);
             }
-            Self::LinkSlow { rate_kbit } => {
-                format!("tc qdisc replace dev eth0 root netem rate {rate_kbit}kbit limit 100000")
-            }
-            Self::AgentStopped => format!("kill -STOP {agent}"),
-            Self::AgentKilled => format!("kill -KILL {agent}"),
+            Disturbance::MountedElsewhere => return lab.agent(owner.peer(), AgentAction::Kill),
+            Disturbance::LinkDelayed => format!("{netem} delay {amount}ms"),
+            Disturbance::LinkSlow => format!("{netem} rate {amount}kbit"),
+            Disturbance::AgentStopped => format!("kill -STOP {agent}"),
+            Disturbance::AgentKilled => format!("kill -KILL {agent}"),
         };
         lab.run(owner, &command).map(drop)
     }
 
     /// Mends what does not end with the owner.
     pub(super) fn end(self, lab: &Lab) -> Result<()> {
-        match self {
-            Self::LinkCut => lab.heal_link().map(drop),
+        match self.disturbance {
+            Disturbance::LinkCut | Disturbance::LinkCutForLong => lab.heal_link().map(drop),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_comes_and_the_same_seed_brings_the_same() {
+        let drawn = || {
+            let mut random = Random::new(3);
+            (1..=100)
+                .map(|number| Disturbance::any(&mut random, number, false).schedule(&mut random))
+                .collect::<Vec<_>>()
+        };
+        let kinds: BTreeSet<Disturbance> = drawn().iter().map(|each| each.disturbance).collect();
+        assert_eq!(kinds.len(), Disturbance::value_variants().len());
+        assert_eq!(drawn(), drawn());
+        let brief =
+            (1..=100).map(|number| Disturbance::any(&mut Random::new(number), number, true));
+        assert!(
+            brief
+                .filter(|kind| {
+                    matches!(
+                        kind,
+                        Disturbance::LinkCutForLong | Disturbance::MountedElsewhere
+                    )
+                })
+                .count()
+                == 0
+        );
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::pair::Pair;
 use super::round;
 use super::{CASES, POSTGRES};
-use crate::lab::NodeName;
+use crate::lab::{Lab, NodeName};
 
 /// What the oracle found on one volume.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,22 +32,33 @@ pub struct Judgement {
     pub differences: Vec<String>,
 }
 
-/// Holds every volume on `survivor` against the logs that the applications of `dead` left, and clears
-/// away what passes.
+/// A log that is judged, in the share of the survivor.
+pub(super) fn log(index: usize) -> String {
+    format!("judged/vol{index}.log")
+}
+
+/// Hands the logs that the applications of `dead` left to its peer.
+pub(super) fn hand_over(lab: &Lab, dead: NodeName) -> Result<()> {
+    let (from, to) = (lab.share(dead), lab.share(dead.peer()));
+    fs::create_dir_all(to.join("judged"))?;
+    for (index, case) in CASES.iter().enumerate() {
+        fs::copy(round::log(&from, index), to.join(log(index)))
+            .with_context(|| format!("the log of {case} is missing"))?;
+    }
+    Ok(())
+}
+
+/// Holds every volume on `survivor` against the logs that were handed over, and clears away what passes.
 pub(super) fn judge(
     pair: &Pair<'_>,
-    dead: NodeName,
     survivor: NodeName,
     number: u64,
     mirrored: &[bool],
 ) -> Result<Vec<Judgement>> {
-    let (from, to) = (pair.lab.share(dead), pair.lab.share(survivor));
+    let to = pair.lab.share(survivor);
     let mut script = String::new();
-    fs::create_dir_all(to.join("judged"))?;
     for (index, case) in CASES.iter().enumerate() {
-        let log = format!("judged/vol{index}.log");
-        fs::copy(round::log(&from, index), to.join(&log))
-            .with_context(|| format!("the log of {case} is missing"))?;
+        let log = log(index);
         let directory = round::directory(index, number);
         let flag = match mirrored.get(index) {
             Some(true) => "--older-mirrored",

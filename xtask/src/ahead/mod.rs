@@ -7,7 +7,8 @@
 //! dead machine comes back as the mirror, and the next cut is its peer's. The disks lose what was not
 //! flushed.
 
-mod disturbance;
+pub mod disturbance;
+mod foreign;
 mod judgement;
 mod pair;
 pub mod report;
@@ -21,6 +22,7 @@ use anyhow::{Context as _, Result};
 use crate::lab::{DiskKind, Filesystem, KernelRelease, Lab, Lifetime, Options, Programs, Service};
 use crate::progress;
 use crate::random::Random;
+use disturbance::Disturbance;
 use pair::Pair;
 use report::Report;
 
@@ -67,6 +69,8 @@ pub struct Plan {
     pub stop_at_failure: bool,
     /// Leave out the rounds that take minutes.
     pub brief: bool,
+    /// Only this kind of disturbance.
+    pub disturbance: Option<Disturbance>,
     /// Name of the lab.
     pub lab: String,
     /// Which programs go into the machines.

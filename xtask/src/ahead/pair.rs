@@ -1,5 +1,6 @@
 //! The two machines with all volumes: what their agents say of them together.
 
+use std::fs;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -13,10 +14,38 @@ use crate::lab::config::{mount_point, volume_device, volume_disk, volume_name};
 use crate::lab::{AgentAction, Filesystem, Lab, NodeName};
 use crate::progress;
 
-const POLL: Duration = Duration::from_millis(100);
+const POLL: Duration = Duration::from_millis(300);
+const LOOK: Duration = Duration::from_millis(40);
+/// A log may leave out what is waited for.
+const ASK_AFTER: Duration = Duration::from_secs(4);
 /// An empty database in the machines' image.
 const TEMPLATE: &str = "/var/lib/postgresql/template";
 const LIMIT: Duration = Duration::from_secs(120);
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// It owns them, and every change is mirrored.
+    Protected,
+    /// It has taken them over.
+    Serving,
+}
+
+impl Awaited {
+    const fn what(self) -> &'static str {
+        match self {
+            Self::Protected => "protected",
+            Self::Serving => "served",
+        }
+    }
+
+    fn holds(self, volume: &Value) -> bool {
+        match self {
+            Self::Protected => volume["role"] == "owner" && volume["protection"] == "protected",
+            Self::Serving => volume["takeover"]["serving"] == true,
+        }
+    }
+}
 
 /// The pair.
 pub(super) struct Pair<'a> {
@@ -46,9 +75,7 @@ impl<'a> Pair<'a> {
         for node in NodeName::ALL {
             pair.start_agent(node)?;
         }
-        pair.await_all("protected", |volume| {
-            volume["role"] == "owner" && volume["protection"] == "protected"
-        })?;
+        pair.await_all(Awaited::Protected, 0)?;
         Ok(pair)
     }
 
@@ -95,14 +122,18 @@ impl<'a> Pair<'a> {
     }
 
     /// Waits until the owner's agent says so of all volumes.
-    pub(super) fn await_all(
-        &self,
-        what: &str,
-        holds: impl Fn(&Value) -> bool,
-    ) -> Result<Vec<Value>> {
+    pub(super) fn await_all(&self, awaited: Awaited, mark: usize) -> Result<Vec<Value>> {
+        let what = awaited.what();
+        let holds = |volume: &Value| awaited.holds(volume);
         let deadline = Instant::now() + LIMIT;
+        let mut asked = Instant::now();
         loop {
+            // Asking costs an emulated machine more than all it is waited for, reading its log nothing.
+            while !self.is_logged(awaited, mark) && asked.elapsed() < ASK_AFTER {
+                sleep(LOOK);
+            }
             let status = self.status();
+            asked = Instant::now();
             if let Ok(volumes) = &status
                 && volumes.iter().all(&holds)
             {
@@ -121,6 +152,27 @@ impl<'a> Pair<'a> {
             }
             sleep(POLL);
         }
+    }
+
+    /// Whether the owner's log has told it of all volumes behind `mark` bytes.
+    fn is_logged(&self, awaited: Awaited, mark: usize) -> bool {
+        let text = fs::read(self.lab.agent_log(self.owner)).unwrap_or_default();
+        let text = String::from_utf8_lossy(text.get(mark..).unwrap_or_default()).into_owned();
+        self.volumes().all(|index| {
+            let name = volume_name(index);
+            match awaited {
+                Awaited::Serving => text.contains(&format!("volume {name}: served")),
+                Awaited::Protected => text
+                    .lines()
+                    .rfind(|line| line.contains(&format!("protection changed volume={name} ")))
+                    .is_some_and(|line| line.contains("role=Owner protection=Protected")),
+            }
+        })
+    }
+
+    /// How long the log of an agent is.
+    pub(super) fn log_mark_of(&self, node: NodeName) -> usize {
+        fs::metadata(self.lab.agent_log(node)).map_or(0, |file| file.len() as usize)
     }
 
     /// The volumes whose records are all in the mirror's memory, once that is so of all or `limit` is

@@ -6,7 +6,6 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::Plan;
-use super::disturbance::Disturbance;
 use super::round::Round;
 
 /// The file systems of a part, checked at its end.
@@ -77,6 +76,17 @@ impl Report {
             .map(|(_, crash)| crash)
     }
 
+    /// Nothing is missing after any crash, or, with the gate off, something confirmed is.
+    #[must_use]
+    pub fn is_as_it_should_be(&self) -> bool {
+        let sound = self.error.is_none() && self.doubts().is_empty();
+        if self.gate_off {
+            sound && self.first_confirmed_loss().is_some()
+        } else {
+            sound && self.failures() == 0
+        }
+    }
+
     /// What makes a run worthless although it failed nowhere.
     #[must_use]
     pub fn doubts(&self) -> Vec<&'static str> {
@@ -108,21 +118,14 @@ impl Report {
             self.seed,
             if self.gate_off { ", gate off" } else { "" }
         );
-        let mut cases: BTreeMap<&str, Sum> = BTreeMap::new();
-        let mut disturbances: BTreeMap<&str, Sum> = BTreeMap::new();
+        let mut cases: BTreeMap<String, Sum> = BTreeMap::new();
+        let mut disturbances: BTreeMap<String, Sum> = BTreeMap::new();
         for round in &self.rounds {
-            let disturbance = match round.schedule.disturbance {
-                Disturbance::Nothing => "nothing",
-                Disturbance::LinkCut => "link cut",
-                Disturbance::LinkDelayed { .. } => "link delayed",
-                Disturbance::LinkSlow { .. } => "link slow",
-                Disturbance::AgentStopped => "agent stopped",
-                Disturbance::AgentKilled => "agent killed",
-            };
+            let disturbance = round.schedule.disturbance.name();
             for found in &round.judgements {
                 for sum in [
-                    cases.entry(&found.case).or_default(),
-                    disturbances.entry(disturbance).or_default(),
+                    cases.entry(found.case.clone()).or_default(),
+                    disturbances.entry(disturbance.clone()).or_default(),
                 ] {
                     sum.crashes += 1;
                     sum.confirmations += found.confirmations;
@@ -146,6 +149,18 @@ impl Report {
         );
         let lost: u64 = self.rounds.iter().map(|round| round.unflushed_lost).sum();
         let _ = writeln!(text, "  unflushed writes lost by the disks: {lost}");
+        match (self.first_confirmed_loss(), self.gate_off) {
+            (Some(crash), _) => {
+                let _ = writeln!(
+                    text,
+                    "  something confirmed was lost, first by crash {crash}"
+                );
+            }
+            (None, true) => {
+                let _ = writeln!(text, "  the gate was off and nothing confirmed was lost");
+            }
+            (None, false) => {}
+        }
         for doubt in self.doubts() {
             let _ = writeln!(text, "  worthless: {doubt}");
         }

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
 
-use super::disturbance::Schedule;
+use super::disturbance::{Disturbance, Schedule};
+use super::foreign;
 use super::judgement::{self, Judgement};
-use super::pair::Pair;
+use super::pair::{Awaited, Pair};
 use super::{CASES, POSTGRES, Plan, witness};
 use crate::lab::config::mount_point;
 use crate::lab::{Lab, NodeName};
@@ -22,10 +23,6 @@ const READY_LIMIT: Duration = Duration::from_secs(90);
 const MIRRORED_LIMIT: Duration = Duration::from_secs(20);
 const FENCED_LIMIT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(40);
-/// Every so many rounds, one in which the volume is exposed for long.
-const LONG_EVERY: u64 = 12;
-const LONG: Duration = Duration::from_secs(75);
-
 /// What a round did and found.
 #[derive(Clone, Debug, Serialize)]
 pub struct Round {
@@ -43,6 +40,8 @@ pub struct Round {
     pub unflushed_lost: u64,
     /// Unflushed pages of the witness that the cut took.
     pub witness_lost: u64,
+    /// Takeovers that asked a person, all volumes together.
+    pub asked: u64,
     /// Records merged, all volumes together.
     pub records_replayed: u64,
     /// Seconds up to the cut, to all volumes serving, to the judgement, to protection.
@@ -62,11 +61,12 @@ impl Round {
         let [cut, serving, judged, protected] = self.seconds;
         let confirmations: u64 = self.judgements.iter().map(|j| j.confirmations).sum();
         let mut line = format!(
-            "round {}: {} died, {:?} {}+{} ms; {confirmations} confirmed, {} replayed, {} unflushed lost; \
+            "round {}: {} died, {} ({}) {}+{} ms; {confirmations} confirmed, {} replayed, {} unflushed lost; \
              cut {cut:.1} s, serving {serving:.1}, judged {judged:.1}, protected {protected:.1}; {} crashes",
             self.number,
             self.dead,
-            self.schedule.disturbance,
+            self.schedule.disturbance.name(),
+            self.schedule.amount,
             self.schedule.before_ms,
             self.schedule.after_ms,
             self.records_replayed,
@@ -75,8 +75,11 @@ impl Round {
         );
         for found in self.judgements.iter().filter(|found| !found.pass) {
             line += &format!(
-                "\n  FAILED {}: {} confirmed and {} mirrored cells lost: {:?}",
-                found.case, found.confirmed_lost, found.mirrored_lost, found.differences
+                "\n  FAILED {}: {} confirmed and {} mirrored cells lost: {}",
+                found.case,
+                found.confirmed_lost,
+                found.mirrored_lost,
+                found.differences.first().map_or("", String::as_str)
             );
         }
         line
@@ -109,22 +112,33 @@ pub(super) fn run(pair: &mut Pair<'_>, plan: &Plan, number: u64) -> Result<Round
     let elapsed = || began.elapsed().as_secs_f64();
     let (lab, dead) = (pair.lab, pair.owner);
     let mut random = Random::new(pair.seed.wrapping_add(number));
-    let mut schedule = Schedule::any(&mut random);
-    if !plan.brief && number % LONG_EVERY == LONG_EVERY / 2 {
-        schedule = Schedule::exposed_for(LONG);
-    }
+    let kind = plan
+        .disturbance
+        .unwrap_or_else(|| Disturbance::any(&mut random, number, plan.brief));
+    let schedule = kind.schedule(&mut random);
     start_applications(pair, number)?;
-    let mirrored = pair.mirrored(MIRRORED_LIMIT)?;
+    let mut mirrored = pair.mirrored(MIRRORED_LIMIT)?;
     let cut = disturb_and_cut(pair, schedule)?;
-    schedule.disturbance.end(lab)?;
+    schedule.end(lab)?;
+    judgement::hand_over(lab, dead)?;
     let seconds_cut = elapsed();
     let witness_lost = witness::lost(lab, number)?;
     pair.owner = dead.peer();
+    let mark = cut.log_mark;
+    let is_foreign = schedule.disturbance == Disturbance::MountedElsewhere;
+    let mut asked = 0;
+    if is_foreign {
+        // Letting the region go lets go what only it held.
+        mirrored.fill(false);
+        foreign::mount_and_overwrite(pair, number)?;
+        pair.start_agent(pair.owner)?;
+        asked = foreign::await_takeovers(pair)?;
+    }
     let (serving, judgements, seconds) = thread::scope(|scope| {
         let back = scope.spawn(|| come_back(lab, dead, cut.mark, pair.volumes().len()));
-        let serving = pair.await_all("serving", |volume| volume["takeover"]["serving"] == true)?;
+        let serving = pair.await_all(Awaited::Serving, mark)?;
         let seconds_serving = elapsed();
-        let judgements = judgement::judge(pair, dead, dead.peer(), number, &mirrored)?;
+        let judgements = judgement::judge(pair, dead.peer(), number, &mirrored)?;
         let seconds_judged = elapsed();
         back.join()
             .unwrap_or_else(|_| bail!("the thread that boots {dead} panicked"))?;
@@ -135,9 +149,7 @@ pub(super) fn run(pair: &mut Pair<'_>, plan: &Plan, number: u64) -> Result<Round
         ))
     })?;
     pair.start_agent(dead)?;
-    pair.await_all("protected", |volume| {
-        volume["role"] == "owner" && volume["protection"] == "protected"
-    })?;
+    pair.await_all(Awaited::Protected, mark)?;
     let [cut_at, serving_at, judged_at] = seconds;
     let replayed = serving
         .iter()
@@ -150,6 +162,7 @@ pub(super) fn run(pair: &mut Pair<'_>, plan: &Plan, number: u64) -> Result<Round
         judgements,
         unflushed_lost: cut.unflushed_lost,
         witness_lost,
+        asked,
         records_replayed: replayed.sum(),
         seconds: [cut_at, serving_at, judged_at, elapsed()],
     };
@@ -199,6 +212,8 @@ struct Cut {
     unflushed_lost: u64,
     /// Events before it.
     mark: usize,
+    /// Bytes of the survivor's log before it.
+    log_mark: usize,
 }
 
 fn disturb_and_cut(pair: &Pair<'_>, schedule: Schedule) -> Result<Cut> {
@@ -209,9 +224,10 @@ fn disturb_and_cut(pair: &Pair<'_>, schedule: Schedule) -> Result<Cut> {
         fs::write(&go, "")?;
         sleep(Duration::from_millis(schedule.before_ms));
     }
-    schedule.disturbance.begin(lab, owner)?;
+    schedule.begin(lab, owner)?;
     fs::write(&go, "")?;
     sleep(Duration::from_millis(schedule.after_ms));
+    let log_mark = pair.log_mark_of(owner.peer());
     let fenced_first = !lab.cut_power(owner)?;
     let events = lab.events()?;
     let lost = events.iter().skip(mark).find_map(|event| {
@@ -224,6 +240,7 @@ fn disturb_and_cut(pair: &Pair<'_>, schedule: Schedule) -> Result<Cut> {
         fenced_first,
         unflushed_lost,
         mark,
+        log_mark,
     })
 }
 
