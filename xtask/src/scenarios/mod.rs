@@ -9,6 +9,7 @@ mod agent_restarted;
 mod bad_input;
 mod bench;
 mod control_loses_unflushed;
+mod disk_ahead;
 mod gate;
 mod interconnect_cut;
 mod killed_in_replay;
@@ -77,6 +78,13 @@ pub const ALL: &[Scenario] = &[
         30,
         Alone(control_loses_unflushed::run),
         "without twinwrite a crash loses what was not flushed, and only that",
+    ),
+    scenario(
+        "disk_ahead",
+        90,
+        Alone(disk_ahead::run),
+        "what eight applications were told is durable survives a cut link and a power cut, on disks that \
+         lose what was not flushed",
     ),
     scenario(
         "metrics",
