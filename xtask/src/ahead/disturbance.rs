@@ -44,35 +44,44 @@ pub struct Schedule {
 }
 
 /// Of 100 rounds so many.
-const SHARES: [(Disturbance, u64); 6] = [
+const SHARES: [(Disturbance, u64); 8] = [
     (Disturbance::Nothing, 9),
     (Disturbance::LinkCut, 30),
     (Disturbance::LinkDelayed, 10),
     (Disturbance::LinkSlow, 10),
     (Disturbance::AgentStopped, 21),
     (Disturbance::AgentKilled, 20),
+    (Disturbance::LinkCutForLong, 0),
+    (Disturbance::MountedElsewhere, 0),
 ];
-/// Every so many rounds, one of each of the kinds that take minutes.
+/// Every so many rounds, one of each of the kinds that take long.
 const LONG_EVERY: u64 = 12;
 
 impl Disturbance {
-    /// A seeded kind for the round of that number. `brief`: none that takes minutes.
+    /// A seeded kind for the round of that number, of those that are `wanted`.
     #[must_use]
-    pub fn any(random: &mut Random, number: u64, brief: bool) -> Self {
-        if !brief && number % LONG_EVERY == LONG_EVERY / 3 {
-            return Self::LinkCutForLong;
+    pub fn any(random: &mut Random, number: u64, wanted: impl Fn(Self) -> bool) -> Self {
+        let long = match number % LONG_EVERY {
+            4 => Some(Self::LinkCutForLong),
+            8 => Some(Self::MountedElsewhere),
+            _ => None,
+        };
+        if let Some(kind) = long.filter(|kind| wanted(*kind)) {
+            return kind;
         }
-        if !brief && number % LONG_EVERY == 2 * LONG_EVERY / 3 {
-            return Self::MountedElsewhere;
-        }
-        let mut drawn = random.below(SHARES.iter().map(|(_, share)| share).sum());
-        for (kind, share) in SHARES {
-            if drawn < share {
-                return kind;
+        let of: Vec<(Self, u64)> = SHARES
+            .into_iter()
+            .filter(|(kind, _)| wanted(*kind))
+            .collect();
+        let all: u64 = of.iter().map(|(_, share)| share).sum();
+        let mut drawn = random.below(all);
+        for (kind, share) in &of {
+            if drawn < *share {
+                return *kind;
             }
             drawn -= share;
         }
-        Self::Nothing
+        of.first().map_or(Self::Nothing, |(kind, _)| *kind)
     }
 
     /// When what happens, by seed. The peer of a stopped or killed agent fences its node after three
@@ -153,24 +162,16 @@ mod tests {
         let drawn = || {
             let mut random = Random::new(3);
             (1..=100)
-                .map(|number| Disturbance::any(&mut random, number, false).schedule(&mut random))
+                .map(|number| Disturbance::any(&mut random, number, |_| true).schedule(&mut random))
                 .collect::<Vec<_>>()
         };
         let kinds: BTreeSet<Disturbance> = drawn().iter().map(|each| each.disturbance).collect();
         assert_eq!(kinds.len(), Disturbance::value_variants().len());
         assert_eq!(drawn(), drawn());
-        let brief =
-            (1..=100).map(|number| Disturbance::any(&mut Random::new(number), number, true));
-        assert!(
-            brief
-                .filter(|kind| {
-                    matches!(
-                        kind,
-                        Disturbance::LinkCutForLong | Disturbance::MountedElsewhere
-                    )
-                })
-                .count()
-                == 0
-        );
+        for one in [Disturbance::MountedElsewhere, Disturbance::LinkSlow] {
+            let mut random = Random::new(4);
+            assert!((1..=40).all(|n| Disturbance::any(&mut random, n, |kind| kind == one) == one));
+            assert!((1..=40).all(|n| Disturbance::any(&mut random, n, |kind| kind != one) != one));
+        }
     }
 }

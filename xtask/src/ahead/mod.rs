@@ -67,14 +67,20 @@ pub struct Plan {
     pub gate_off: bool,
     /// End with the first failure.
     pub stop_at_failure: bool,
-    /// Leave out the rounds that take minutes.
-    pub brief: bool,
-    /// Only this kind of disturbance.
-    pub disturbance: Option<Disturbance>,
+    /// Only these kinds of disturbance; none: all.
+    pub only: Vec<Disturbance>,
+    /// None of these kinds.
+    pub without: Vec<Disturbance>,
     /// Name of the lab.
     pub lab: String,
     /// Which programs go into the machines.
     pub programs: Programs,
+}
+
+impl Plan {
+    fn has(&self, kind: Disturbance) -> bool {
+        (self.only.is_empty() || self.only.contains(&kind)) && !self.without.contains(&kind)
+    }
 }
 
 /// Runs it. What was found is in the report also where the run itself could not go on.

@@ -112,10 +112,8 @@ pub(super) fn run(pair: &mut Pair<'_>, plan: &Plan, number: u64) -> Result<Round
     let elapsed = || began.elapsed().as_secs_f64();
     let (lab, dead) = (pair.lab, pair.owner);
     let mut random = Random::new(pair.seed.wrapping_add(number));
-    let kind = plan
-        .disturbance
-        .unwrap_or_else(|| Disturbance::any(&mut random, number, plan.brief));
-    let schedule = kind.schedule(&mut random);
+    let schedule =
+        Disturbance::any(&mut random, number, |kind| plan.has(kind)).schedule(&mut random);
     start_applications(pair, number)?;
     let mut mirrored = pair.mirrored(MIRRORED_LIMIT)?;
     let cut = disturb_and_cut(pair, schedule)?;

@@ -33,12 +33,12 @@ pub struct Arguments {
     /// End with the first failure.
     #[arg(long)]
     stop_at_failure: bool,
-    /// Leave out the rounds that take minutes.
-    #[arg(long)]
-    brief: bool,
-    /// Only this kind of disturbance.
-    #[arg(long, value_name = "KIND")]
-    only: Option<Disturbance>,
+    /// Only these kinds of disturbance.
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    only: Vec<Disturbance>,
+    /// None of these kinds of disturbance.
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    without: Vec<Disturbance>,
     /// Write everything as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -72,8 +72,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         ),
         gate_off: arguments.gate_off,
         stop_at_failure: arguments.stop_at_failure || arguments.gate_off,
-        brief: arguments.brief,
-        disturbance: arguments.only,
+        only: arguments.only.clone(),
+        without: arguments.without.clone(),
         lab: arguments.lab.clone(),
         programs: Programs::AsBuilt,
     };

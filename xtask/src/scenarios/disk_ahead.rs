@@ -18,8 +18,8 @@ pub(super) fn run() -> Result<()> {
         kernels: vec![KernelRelease::V6_12],
         gate_off: false,
         stop_at_failure: true,
-        brief: true,
-        disturbance: Some(Disturbance::LinkCut),
+        only: vec![Disturbance::LinkCut],
+        without: Vec::new(),
         lab: "test-disk-ahead".to_owned(),
         programs: Programs::AsBuilt,
     });
