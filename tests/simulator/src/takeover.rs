@@ -257,6 +257,8 @@ impl Driver<'_> {
             // The note of a begun merge is not modelled.
             merging: None,
             mounted_uuid: None,
+            // Nobody else has the volume here.
+            unmounted: false,
         };
         self.memory.held = words.region_epoch();
         say!(self.world, "{}: the words are: {words}", name(self.node));

@@ -14,7 +14,7 @@ use zerocopy::{FromZeros, IntoBytes, KnownLayout};
 
 #[derive(zerocopy::FromBytes, IntoBytes, KnownLayout, zerocopy::Immutable)]
 #[repr(C, align(4096))]
-struct Page([u8; 4096]);
+pub(super) struct Page([u8; 4096]);
 
 /// ext4: `s_uuid` of `struct ext4_super_block`, which begins at byte 1024.
 const EXT4_UUID_AT: usize = 1024 + 0x68;

@@ -26,6 +26,7 @@ mod pulse;
 mod pump;
 mod region_host;
 mod successor;
+mod unmounted;
 mod volume_io;
 
 use std::collections::BTreeMap;

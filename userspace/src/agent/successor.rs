@@ -17,6 +17,7 @@ use super::clock::{duration, wall_ms, wall_ns};
 use super::filesystem_uuid::filesystem_uuid;
 use super::merge::{MergeError, SavedRegion};
 use super::node::{Node, lock};
+use super::unmounted::was_unmounted;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::command;
 use crate::cluster::fence::fence;
@@ -46,6 +47,8 @@ pub struct Successor {
     merge: Option<(SavedRegion, Seq)>,
     /// The volume's sentinel file: from the judgement to the new epoch nobody else writes to it.
     sentinel: Option<SentinelFile>,
+    /// Whether somebody had unmounted the volume when this node came to mount it.
+    unmounted: bool,
     /// Epoch of the region that was saved, once judged; 0: none.
     held: Epoch,
 }
@@ -64,6 +67,7 @@ impl Successor {
             began: Instant::now(),
             merge: None,
             sentinel: None,
+            unmounted: false,
             held: Epoch(0),
         }
     }
@@ -119,8 +123,32 @@ impl Successor {
         Ok(())
     }
 
-    fn mount_it(&self) -> anyhow::Result<()> {
-        match mounts::find(&self.volume)? {
+    /// Looks, before this node mounts the volume for the first time in this takeover, whether anybody had
+    /// unmounted it, and keeps the answer: an agent that goes on with the takeover finds only its
+    /// own traces.
+    fn look_for_unmount(&mut self, mounted: bool) -> anyhow::Result<()> {
+        let note = self.saved().with_extension("found");
+        let epoch = self.last_word().0;
+        let of = |unmounted: bool| format!("epoch {epoch} unmounted {unmounted}\n");
+        let noted = std::fs::read_to_string(&note).unwrap_or_default();
+        if noted == of(true) || noted == of(false) {
+            self.unmounted = noted == of(true);
+            return Ok(());
+        }
+        self.unmounted = !mounted && was_unmounted(&self.volume.device, &self.volume.filesystem)?;
+        let directory = note.parent().context("the state directory has no parent")?;
+        std::fs::create_dir_all(directory)?;
+        let file = File::create(&note)?;
+        std::io::Write::write_all(&mut &file, of(self.unmounted).as_bytes())?;
+        file.sync_all()?;
+        File::open(directory)?.sync_all()?;
+        Ok(())
+    }
+
+    fn mount_it(&mut self) -> anyhow::Result<()> {
+        let found = mounts::find(&self.volume)?;
+        self.look_for_unmount(!matches!(found, MountState::NotMounted))?;
+        match found {
             MountState::Mounted(_) => {}
             MountState::NotMounted => {
                 std::fs::create_dir_all(&self.volume.mount_point)?;
@@ -205,6 +233,7 @@ impl Successor {
             region,
             merging: underway::read(&self.volume.mount_point),
             mounted_uuid: Some(uuid),
+            unmounted: self.unmounted,
         };
         Ok((words, saved))
     }
@@ -309,6 +338,10 @@ impl Successor {
                 "void"
             };
             std::fs::rename(&saved, saved.with_extension(kept_as))?;
+        }
+        match std::fs::remove_file(saved.with_extension("found")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
         }
         // The owner that this node is from now on holds it itself.
         self.sentinel = None;

@@ -85,6 +85,8 @@ pub struct Words {
     pub merging: Option<Epoch>,
     /// UUID of the mounted file system; `None`: not known, and not compared.
     pub mounted_uuid: Option<[u8; 16]>,
+    /// The file system had been unmounted in an orderly way when this node came to mount it.
+    pub unmounted: bool,
 }
 
 /// What follows from them.
@@ -265,6 +267,13 @@ impl Words {
             self.latest_epoch().next(),
             self.mounted_uuid,
         ) {
+            // A merge that was begun before is this node's own trace.
+            Verdict::Merge { .. } if self.unmounted && self.merging != Some(of_volume) => {
+                Ruling::Ask(format!(
+                    "epoch {of_volume} of the volume runs, and its file system was unmounted since: \
+                     somebody has had it mounted, and the region may hold older content than the disk"
+                ))
+            }
             Verdict::Merge { after } => Ruling::Merge { after },
             Verdict::Nothing(NothingToDo::Durable { sentinel, last }) => Ruling::Nothing(format!(
                 "everything up to record {sentinel} is durable, the region ends with {last}"
@@ -345,9 +354,12 @@ impl fmt::Display for Words {
                 time(*time_ns)
             )?,
         }
-        match self.merging {
-            Some(epoch) => write!(f, "; a merge of epoch {epoch} was begun"),
-            None => Ok(()),
+        if let Some(epoch) = self.merging {
+            write!(f, "; a merge of epoch {epoch} was begun")?;
         }
+        if self.unmounted {
+            write!(f, "; file system: unmounted")?;
+        }
+        Ok(())
     }
 }

@@ -51,7 +51,31 @@ fn words(owner: OwnerWord, on_volume: Sentinel, region: RegionWord) -> Words {
         region,
         merging: None,
         mounted_uuid: None,
+        unmounted: false,
     }
+}
+
+#[test]
+fn a_volume_that_somebody_unmounted_while_its_epoch_ran_is_not_merged_into() {
+    let mut found = words(
+        owner(5, EpochState::Open),
+        sentinel(5, 3, false),
+        region(5, false, 9),
+    );
+    found.unmounted = true;
+    asks(&found, "unmounted since");
+    assert!(found.to_string().contains("file system: unmounted"));
+    // What is closed, or durable, stays so.
+    let mut closed = words(
+        owner(5, EpochState::Closed),
+        sentinel(5, 3, true),
+        region(5, true, 9),
+    );
+    closed.unmounted = true;
+    assert!(matches!(closed.ruling(), Ruling::Void(_)));
+    // This node had begun the merge itself, and unmounted the volume when it was stopped.
+    found.merging = Some(Epoch(5));
+    assert!(matches!(found.ruling(), Ruling::Merge { .. }));
 }
 
 #[track_caller]

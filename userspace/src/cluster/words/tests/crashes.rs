@@ -133,6 +133,7 @@ impl World {
                     region,
                     merging: None,
                     mounted_uuid: None,
+                    unmounted: false,
                 };
                 let ruling = words.ruling();
                 let of_region = words.region_epoch();
