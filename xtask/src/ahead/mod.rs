@@ -15,7 +15,7 @@ pub mod report;
 mod round;
 mod witness;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -67,6 +67,8 @@ pub struct Plan {
     pub gate_off: bool,
     /// End with the first failure.
     pub stop_at_failure: bool,
+    /// Begin no round after so long; the file systems are checked all the same.
+    pub time_limit: Option<Duration>,
     /// Only these kinds of disturbance; none: all.
     pub only: Vec<Disturbance>,
     /// None of these kinds.
@@ -88,13 +90,14 @@ impl Plan {
 pub fn run(plan: &Plan) -> Report {
     let mut report = Report::new(plan);
     let began = Instant::now();
-    let result = run_parts(plan, &mut report);
+    let until = plan.time_limit.map(|limit| began + limit);
+    let result = run_parts(plan, &mut report, until);
     report.seconds = began.elapsed().as_secs_f64();
     report.error = result.err().map(|error| format!("{error:#}"));
     report
 }
 
-fn run_parts(plan: &Plan, report: &mut Report) -> Result<()> {
+fn run_parts(plan: &Plan, report: &mut Report, until: Option<Instant>) -> Result<()> {
     let parts: Vec<(KernelRelease, Filesystem)> = plan
         .kernels
         .iter()
@@ -107,7 +110,8 @@ fn run_parts(plan: &Plan, report: &mut Report) -> Result<()> {
         let seed = random.number();
         let name = format!("{filesystem} on {kernel}");
         progress::note(&format!("--- {name}, up to {share} crashes"));
-        run_part(plan, report, (*kernel, *filesystem), seed, share)
+        let end = PartEnd { share, until };
+        run_part(plan, report, (*kernel, *filesystem), seed, end)
             .with_context(|| format!("in the part with {name}"))?;
         if plan.stop_at_failure && report.failures() > 0 {
             break;
@@ -116,14 +120,28 @@ fn run_parts(plan: &Plan, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// When a part is over.
+#[derive(Clone, Copy)]
+struct PartEnd {
+    /// After so many crashes of a volume in all parts up to it.
+    share: u64,
+    until: Option<Instant>,
+}
+
+impl PartEnd {
+    fn is_reached(self, report: &Report) -> bool {
+        report.crashes() >= self.share || self.until.is_some_and(|until| Instant::now() >= until)
+    }
+}
+
 fn run_part(
     plan: &Plan,
     report: &mut Report,
     (kernel, filesystem): (KernelRelease, Filesystem),
     seed: u64,
-    share: u64,
+    end: PartEnd,
 ) -> Result<()> {
-    if report.crashes() >= share {
+    if end.is_reached(report) {
         return Ok(());
     }
     let owned = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect();
@@ -146,7 +164,7 @@ fn run_part(
     let ending = Ending(&lab);
     let mut pair = Pair::begin(&lab, filesystem, plan.gate_off, seed)?;
     let mut number = 0;
-    while report.crashes() < share {
+    while !end.is_reached(report) {
         number += 1;
         let round = round::run(&mut pair, plan, number).with_context(|| {
             format!("in round {number}; the logs: {}", lab.directory().display())

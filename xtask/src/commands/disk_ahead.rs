@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -30,6 +31,9 @@ pub struct Arguments {
     /// The negative control: with the gate switched off, something confirmed must be lost; ends there.
     #[arg(long)]
     gate_off: bool,
+    /// Begin no round after so many minutes.
+    #[arg(long)]
+    minutes: Option<u64>,
     /// End with the first failure.
     #[arg(long)]
     stop_at_failure: bool,
@@ -72,6 +76,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         ),
         gate_off: arguments.gate_off,
         stop_at_failure: arguments.stop_at_failure || arguments.gate_off,
+        time_limit: arguments
+            .minutes
+            .map(|minutes| Duration::from_secs(60 * minutes)),
         only: arguments.only.clone(),
         without: arguments.without.clone(),
         lab: arguments.lab.clone(),

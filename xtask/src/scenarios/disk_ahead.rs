@@ -18,6 +18,7 @@ pub(super) fn run() -> Result<()> {
         kernels: vec![KernelRelease::V6_12],
         gate_off: false,
         stop_at_failure: true,
+        time_limit: None,
         only: vec![Disturbance::LinkCut],
         without: Vec::new(),
         lab: "test-disk-ahead".to_owned(),
