@@ -170,3 +170,73 @@ impl Report {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::disturbance::Disturbance;
+    use super::super::judgement::Judgement;
+    use super::*;
+    use crate::random::Random;
+
+    fn report(gate_off: bool, confirmed_lost: &[u64]) -> Report {
+        let judgements = confirmed_lost.iter().map(|lost| Judgement {
+            case: "fsync".to_owned(),
+            pass: *lost == 0,
+            confirmations: 3,
+            confirmed_lost: *lost,
+            ..Judgement::default()
+        });
+        Report {
+            seed: 1,
+            gate_off,
+            seconds: 1.0,
+            error: None,
+            rounds: vec![Round {
+                number: 1,
+                dead: "a",
+                schedule: Disturbance::LinkCut.schedule(&mut Random::new(1)),
+                fenced_first: false,
+                judgements: judgements.collect(),
+                unflushed_lost: 5,
+                witness_lost: 5,
+                asked: 0,
+                records_replayed: 5,
+                seconds: [0.0; 4],
+            }],
+            checked: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_run_passes_without_a_loss_and_its_control_with_one() {
+        assert!(report(false, &[0, 0]).is_as_it_should_be());
+        assert!(!report(false, &[0, 2]).is_as_it_should_be());
+        assert!(report(true, &[0, 2]).is_as_it_should_be());
+        assert!(!report(true, &[0, 0]).is_as_it_should_be());
+        assert_eq!(report(true, &[0, 2]).first_confirmed_loss(), Some(2));
+        assert_eq!(report(true, &[0, 2]).crashes(), 2);
+    }
+
+    #[test]
+    fn a_run_that_could_not_have_failed_does_not_pass() {
+        let sound = report(false, &[0]);
+        let mut kind_disk = sound.clone();
+        let mut idle = sound.clone();
+        let mut unclean = sound.clone();
+        for round in &mut kind_disk.rounds {
+            round.witness_lost = 0;
+        }
+        for round in &mut idle.rounds {
+            round.records_replayed = 0;
+        }
+        unclean.checked.push(Checked {
+            volumes: 1,
+            unclean: vec!["vol0".to_owned()],
+        });
+        let mut ended = sound.clone();
+        ended.error = Some("no machine".to_owned());
+        for wrong in [kind_disk, idle, unclean, ended, report(false, &[])] {
+            assert!(!wrong.is_as_it_should_be(), "{}", wrong.told());
+        }
+    }
+}
