@@ -96,9 +96,10 @@ impl Disturbance {
             Self::AgentStopped | Self::AgentKilled => (150, 2500),
             Self::MountedElsewhere => (0, 1),
         };
-        // Mostly all that is confirmed is confirmed after the disturbance.
+        // Behind the gate nothing is confirmed after some of the disturbances: what is confirmed right
+        // before them is what the mirror lacks.
         let before_ms = match (self, random.below(3)) {
-            (Self::MountedElsewhere, _) | (_, 0) => random.below(600),
+            (Self::MountedElsewhere, _) | (_, 1 | 2) => 200 + random.below(1400),
             _ => 0,
         };
         Schedule {
