@@ -38,8 +38,8 @@ const MAPS: [(&str, &str); 3] = [
 const LOCK: &str = "/run/twinwrite-locks/gate.host";
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
-/// A group is continued within microseconds; its process may not get a processor for a while.
-const LOCK_LIMIT: Duration = Duration::from_secs(2);
+/// After a takeover all volumes load their programs at once, each for as long as it takes to make its maps.
+const LOCK_LIMIT: Duration = Duration::from_secs(60);
 
 fn system(what: &str) -> impl FnOnce(io::Error) -> CaptureError {
     let what = what.to_owned();
