@@ -15,6 +15,8 @@ use crate::lab::{AgentAction, Filesystem, Lab, NodeName};
 use crate::progress;
 
 const POLL: Duration = Duration::from_millis(300);
+/// How an agent's reason begins that was told to go without the gate.
+const GATE_IS_OFF: &str = "the gate is switched off";
 const LOOK: Duration = Duration::from_millis(40);
 /// A log may leave out what is waited for.
 const ASK_AFTER: Duration = Duration::from_secs(4);
@@ -41,10 +43,18 @@ impl Awaited {
 
     fn holds(self, volume: &Value) -> bool {
         match self {
-            Self::Protected => volume["role"] == "owner" && volume["protection"] == "protected",
+            Self::Protected => volume["role"] == "owner" && is_protected(volume),
             Self::Serving => volume["takeover"]["serving"] == true,
         }
     }
+}
+
+/// All is captured and mirrored, also where only the gate is missing, which an agent never calls
+/// protected.
+fn is_protected(volume: &Value) -> bool {
+    let reason = volume["reason"].as_str().unwrap_or_default();
+    volume["protection"] == "protected"
+        || (volume["protection"] == "exposed" && reason.starts_with(GATE_IS_OFF))
 }
 
 /// The pair.
@@ -165,7 +175,10 @@ impl<'a> Pair<'a> {
                 Awaited::Protected => text
                     .lines()
                     .rfind(|line| line.contains(&format!("protection changed volume={name} ")))
-                    .is_some_and(|line| line.contains("role=Owner protection=Protected")),
+                    .is_some_and(|line| {
+                        line.contains("role=Owner protection=Protected")
+                            || line.contains(GATE_IS_OFF)
+                    }),
             }
         })
     }
@@ -184,7 +197,7 @@ impl<'a> Pair<'a> {
                 .status()?
                 .iter()
                 .map(|volume| {
-                    volume["protection"] == "protected"
+                    is_protected(volume)
                         && volume["lag_records"] == 0
                         && volume["captured_seq"] == volume["mirrored_seq"]
                 })
