@@ -218,7 +218,13 @@ impl<'a> Pair<'a> {
             let mut checked = Checked::default();
             for index in self.volumes() {
                 let mount = mount_point(index);
-                let unmount = format!("if mountpoint -q {mount}; then umount {mount}; fi; sync");
+                // A database's server goes on serving after its judgement.
+                let unmount = format!(
+                    "pid=$(head -n 1 {mount}/{POSTGRES}/data/postmaster.pid 2>/dev/null)\n\
+                     if [ -n \"$pid\" ]; then kill -INT $pid; fi\n\
+                     while [ -n \"$pid\" ] && [ -d /proc/$pid ] && ! grep -q '^State:.[ZX]' /proc/$pid/status; do sleep 0.1; done\n\
+                     if mountpoint -q {mount}; then umount {mount}; fi"
+                );
                 self.lab.run(self.owner, &unmount)?;
             }
             for index in self.volumes() {
@@ -231,10 +237,10 @@ impl<'a> Pair<'a> {
                 let output = output.with_context(|| format!("cannot start {program}"))?;
                 checked.volumes += 1;
                 if !output.status.success() {
-                    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-                    checked
-                        .unclean
-                        .push(format!("{}: {said}", volume_name(index)));
+                    let [out, err] = [&output.stdout, &output.stderr]
+                        .map(|bytes| String::from_utf8_lossy(bytes).trim().to_owned());
+                    let name = volume_name(index);
+                    checked.unclean.push(format!("{name}: {out} {err}"));
                 }
             }
             ensure!(checked.volumes > 0, "no file system was checked");
