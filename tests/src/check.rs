@@ -10,6 +10,7 @@ use crate::compare::{Differences, compare};
 use crate::error::{Error, Told};
 use crate::escape::PathBytes;
 use crate::manifest::Manifest;
+use crate::stream::confirmed::{self, Confirmed};
 use crate::stream::judge::judge;
 use crate::stream::log::Log;
 use crate::stream::observe::observe;
@@ -70,6 +71,10 @@ pub struct Report {
     pub stream_torn_after_prefix: u64,
     /// What no operation explains, in words.
     pub stream_damage: Vec<String>,
+    /// How often something was confirmed to be durable.
+    pub stream_confirmations: u64,
+    /// Bytes of confirmed operations that are not there: must be 0.
+    pub stream_confirmed_bytes_lost: u64,
 }
 
 /// Checks everything below `root`.
@@ -88,6 +93,10 @@ pub fn check(root: &Path, expectations: &Expectations) -> Result<Report, Error> 
         .as_deref()
         .map(Log::load)
         .transpose()?;
+    let confirmed = match &expectations.stream_log {
+        Some(log) => confirmed::load(log)?,
+        None => Vec::new(),
+    };
     let mut differences = Differences::default();
     for manifest in &manifests {
         let found = walk(root, manifest.prefix.as_path());
@@ -104,11 +113,12 @@ pub fn check(root: &Path, expectations: &Expectations) -> Result<Report, Error> 
     };
     let databases_match = check_databases(root, &manifests, &mut report);
     if let Some(log) = &log {
-        check_stream(root, log, &mut report);
+        check_stream(root, log, &confirmed, &mut report);
     }
     report.pass = differences.none()
         && databases_match
         && report.stream_damage.is_empty()
+        && report.stream_confirmed_bytes_lost == 0
         && expectations
             .last_operation
             .is_none_or(|last| report.stream_prefix >= last);
@@ -172,7 +182,7 @@ fn check_databases(root: &Path, manifests: &[Manifest], report: &mut Report) -> 
     report.sqlite_rows_match
 }
 
-fn check_stream(root: &Path, log: &Log, report: &mut Report) {
+fn check_stream(root: &Path, log: &Log, confirmed: &[Confirmed], report: &mut Report) {
     let mut generator = Generator::new(log.header.seed);
     let operations: Vec<Operation> = (0..log.last_possible()).map(|_| generator.next()).collect();
     let observed = observe(root, log.header.seed, &operations);
@@ -189,6 +199,9 @@ fn check_stream(root: &Path, log: &Log, report: &mut Report) {
     report.stream_seen_after_prefix = verdict.seen_after_prefix;
     report.stream_torn_after_prefix = verdict.torn_after_prefix;
     report.stream_damage = verdict.damage;
+    report.stream_confirmations = confirmed.len() as u64;
+    let lost = confirmed::lost(confirmed, &operations, &observed, verdict.prefix);
+    report.stream_confirmed_bytes_lost = confirmed::bytes(lost);
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use twinwrite_tests::check::{Expectations, check};
 use twinwrite_tests::stream::write::Options;
 use twinwrite_tests::{ahead, overwrite, settled, sqlite, stream, walk};
 
-/// Workloads, and the oracle that says what a crash took from them. All but `overwrite` and `ahead` never
-/// ask for durability.
+/// Workloads, and the oracle that says what a crash took from them. Only `overwrite`, `ahead`, and `stream`
+/// with `--confirm-every`, ask for durability.
 ///
 /// Exit status: 0 all is as it should be, 1 a difference was found, 2 it could not be carried out.
 #[derive(Parser)]
@@ -173,6 +173,9 @@ struct StreamArguments {
     /// Decides the sequence of operations
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Ask for durability after every so many operations, and note what was confirmed
+    #[arg(long)]
+    confirm_every: Option<u64>,
 }
 
 fn main() -> ExitCode {
@@ -222,6 +225,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
                 operations_max: arguments.operations,
                 operations_per_second: arguments.operations_per_second,
                 buffered_max: arguments.buffered,
+                confirm_every: arguments.confirm_every,
             };
             let operations = stream::write::run(&arguments.root, &arguments.log, &options)?;
             say(&json!({ "operations": operations }).to_string())?;

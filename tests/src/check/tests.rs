@@ -46,6 +46,7 @@ impl Lab {
             operations_max: Some(OPERATIONS),
             operations_per_second: 0,
             buffered_max: 1,
+            confirm_every: None,
         };
         run_stream(lab.root(), &lab.outside.path().join("stream"), &options).expect("a stream");
         lab
@@ -144,6 +145,7 @@ fn a_lost_tail_passes_unless_it_was_expected() {
         operations_max: Some(OPERATIONS - 60),
         operations_per_second: 0,
         buffered_max: 1,
+        confirm_every: None,
     };
     run_stream(lab.root(), &fresh, &options).expect("a stream");
     let mut expectations = Expectations {

@@ -5,10 +5,12 @@
 //! compared. [`operation`] computes the sequence from its seed, [`block`] is what a written block
 //! looks like, [`mod@write`] carries the operations out and logs each after it returned, [`observe`]
 //! looks at what is there after the crash, and [`judge`] says up to which operation all is there.
+//! Where it is asked to, the stream also asks for durability, and [`confirmed`] notes what it was told.
 //!
 //! The log lies outside the volume and never claims an operation that did not return.
 
 pub mod block;
+pub mod confirmed;
 pub mod judge;
 pub mod log;
 pub mod observe;

@@ -26,6 +26,7 @@ fn options(operations: u64) -> Options {
         operations_max: Some(operations),
         operations_per_second: 0,
         buffered_max: 4,
+        confirm_every: None,
     }
 }
 

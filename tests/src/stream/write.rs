@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::PREFIX;
 use super::block::Block;
+use super::confirmed::Confirmer;
 use super::log::{Header, LOG_VERSION, Line};
 use super::operation::{Action, CREATE_MODE, CURRENT, Generator, Operation};
 use crate::error::{Error, Told};
@@ -31,6 +32,8 @@ pub struct Options {
     pub operations_per_second: u64,
     /// Log lines written at once, at most [`BUFFERED_MAX`].
     pub buffered_max: u64,
+    /// Asks for durability after so many operations, and notes what was confirmed; without it, never.
+    pub confirm_every: Option<u64>,
 }
 
 /// Runs the stream below `root`, which must not have a `stream` directory yet, and returns how many
@@ -46,6 +49,9 @@ pub fn run(root: &Path, log: &Path, options: &Options) -> Result<u64, Error> {
         seed: options.seed,
         buffered_max,
     };
+    let mut confirmer = (options.confirm_every)
+        .map(|every| Confirmer::new(root, log, every))
+        .transpose()?;
     let mut log = LogWriter::create(log, &header)?;
     let mut generator = Generator::new(options.seed);
     let started = Instant::now();
@@ -62,6 +68,13 @@ pub fn run(root: &Path, log: &Path, options: &Options) -> Result<u64, Error> {
             return Err(error);
         }
         done = operation.number;
+        if let Some(confirmer) = &mut confirmer
+            && let Err(error) = confirmer.after(&top, &operation)
+        {
+            log.push(operation)?;
+            log.flush()?;
+            return Err(error);
+        }
         log.push(operation)?;
         if let Some(due) = due(options.operations_per_second, done) {
             let wait = due.saturating_sub(started.elapsed());
