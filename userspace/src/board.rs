@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::events::{Event, EventLog};
 use crate::ids::{Epoch, NodeId, Seq};
 use crate::status::{
     AgentStatus, PeerState, PeerStatus, Protection, Role, TakeoverStatus, VolumeStatus,
@@ -67,6 +68,7 @@ pub struct VolumeBoard {
     /// `rdma` or `tcp`.
     pub link: &'static str,
     words: Mutex<VolumeWords>,
+    events: OnceLock<Arc<EventLog>>,
     /// Running or last epoch.
     pub epoch: Gauge,
     /// Last record in the ring.
@@ -152,6 +154,7 @@ impl VolumeBoard {
                 reason: "starting".to_owned(),
                 takeover: None,
             }),
+            events: OnceLock::new(),
             epoch: Gauge::default(),
             captured_seq: Gauge::default(),
             mirrored_seq: Gauge::default(),
@@ -231,12 +234,24 @@ impl VolumeBoard {
         reason.clone_into(&mut words.reason);
         drop(words);
         let volume = &self.name;
-        if role == Role::Owner && matches!(protection, Protection::Exposed | Protection::Alone) {
+        let weak = matches!(protection, Protection::Exposed | Protection::Alone);
+        if role == Role::Owner && weak {
             tracing::warn!(%volume, ?role, ?protection, reason, "protection changed");
         } else if (old_role, old_protection) != (role, protection) {
             tracing::info!(%volume, ?role, ?protection, reason, "protection changed");
         } else {
             tracing::info!(%volume, reason, "still {protection:?}");
+        }
+        // A mirror tells of the owner's volume only what it has heard.
+        if (role == Role::Owner || old_role == Role::Owner)
+            && (weak || (old_role, old_protection) != (role, protection))
+            && let Some(events) = self.events.get()
+        {
+            events.note(Event::ProtectionChanged {
+                volume: volume.clone(),
+                to: protection,
+                reason: reason.to_owned(),
+            });
         }
     }
 
@@ -365,6 +380,14 @@ impl Board {
             started: Instant::now(),
             peers,
             volumes,
+        }
+    }
+
+    /// Where changes of protection are told, beside the log.
+    pub fn tell(&self, events: &Arc<EventLog>) {
+        for volume in self.volumes.values() {
+            // Told twice, the first one stays.
+            volume.events.set(Arc::clone(events)).ok();
         }
     }
 

@@ -74,6 +74,13 @@ pub enum Event {
         /// What failed; `None`: it works again.
         error: Option<String>,
     },
+    /// The device of a volume does not answer, or answers again.
+    VolumeDevice {
+        /// The volume.
+        volume: String,
+        /// What failed; `None`: it works again.
+        error: Option<String>,
+    },
     /// What this node is to a volume was decided.
     OwnershipDecided {
         /// The volume.
@@ -187,6 +194,7 @@ impl Event {
             | Self::AgentStopped { .. }
             | Self::EpochOpened { .. }
             | Self::Mailbox { error: None }
+            | Self::VolumeDevice { error: None, .. }
             | Self::ProtectionChanged {
                 to: Protection::Protected,
                 ..
@@ -210,6 +218,7 @@ impl Event {
             Self::TakeoverStep { error: Some(_), .. }
             | Self::TakeoverWaits { .. }
             | Self::Mailbox { error: Some(_) }
+            | Self::VolumeDevice { error: Some(_), .. }
             | Self::Serving {
                 loss_unknown: true, ..
             }
@@ -242,6 +251,14 @@ impl fmt::Display for Event {
             }
             Self::Mailbox { error: Some(error) } => error.fmt(f),
             Self::Mailbox { error: None } => f.write_str("the mailbox works again"),
+            Self::VolumeDevice { volume, error } => match error {
+                Some(error) => write!(
+                    f,
+                    "volume {volume}: its device does not answer: {error}; what is written can only \
+                     be saved from the mirror"
+                ),
+                None => write!(f, "volume {volume}: its device answers again"),
+            },
             Self::OwnershipDecided {
                 volume,
                 decision,
@@ -399,6 +416,11 @@ impl EventLog {
             tracing::Level::WARN => tracing::warn!("{event}"),
             _ => tracing::info!("{event}"),
         }
+        self.note(event);
+    }
+
+    /// Writes to the event log an event that was told to people already.
+    pub fn note(&self, event: Event) {
         let entry = Entry {
             time: jiff::Timestamp::now(),
             event,

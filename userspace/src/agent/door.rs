@@ -1,5 +1,7 @@
 //! The way from an owner to its mirror's region, and to everybody who must know of an epoch.
 
+use std::sync::Arc;
+
 use super::node::Node;
 use super::pump::{Ended, Standing};
 use crate::board::VolumeBoard;
@@ -22,15 +24,16 @@ pub(super) struct Opened {
 }
 
 /// The way to the mirror's region, and to everybody who must know of the epoch, while the pump
-/// borrows the rest of the owner.
-pub(super) struct Door<'a> {
-    pub(super) node: &'a Node,
-    pub(super) volume: &'a Volume,
+/// borrows the rest of the owner, and on the thread that makes a broken link anew.
+#[derive(Clone)]
+pub(super) struct Door {
+    pub(super) node: Arc<Node>,
+    pub(super) volume: Volume,
     pub(super) filesystem_uuid: [u8; 16],
     pub(super) source: RingSource,
 }
 
-impl Door<'_> {
+impl Door {
     /// A link without traffic does not notice that the other end is gone; heartbeats do.
     pub(super) fn mirror_is_silent(&self) -> Option<String> {
         let peer = &self.node.peer;

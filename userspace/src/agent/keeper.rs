@@ -446,6 +446,7 @@ impl Keeper {
         self.capture_failures.set(0);
         match owner.run() {
             Left::Stopping => Next::Stop,
+            Left::CaptureLost => Next::Serve,
             Left::ClaimedByPeer => {
                 drop(owner);
                 self.leave_the_volume();

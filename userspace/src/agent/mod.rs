@@ -25,9 +25,11 @@ mod preflight;
 mod pulse;
 mod pump;
 mod region_host;
+mod relink;
 mod successor;
 mod unmounted;
 mod volume_io;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
@@ -214,6 +216,7 @@ fn build(config: Config, own: NodeId) -> anyhow::Result<Arc<Node>> {
         .map(|v| (v.name.clone(), link))
         .collect();
     let board = Arc::new(Board::new(own.clone(), std::slice::from_ref(&peer), &shown));
+    board.tell(&events);
     let regions: BTreeMap<_, _> = config
         .volumes
         .iter()

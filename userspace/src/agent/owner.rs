@@ -22,6 +22,8 @@ use super::gate_probe;
 use super::gatekeeper::Gatekeeper;
 use super::node::Node;
 use super::pump::{Ended, Limits, Parts, Pump, Standing, Turn, events_lost};
+use super::relink::{self, Relink};
+use super::watch::{self, Watch};
 use crate::board::VolumeBoard;
 use crate::capture::{
     Capture, CaptureOptions, Continuity, Filesystem, GapCounts, Need, RingConsumer, calibrate,
@@ -39,8 +41,6 @@ use crate::status::{PeerState, Protection, Role};
 
 /// A mirror that is not reached is tried again after this long.
 const RETRY: Duration = Duration::from_secs(1);
-/// A broken link is made anew this often while the epoch waits for it.
-const RELINK_EVERY: Duration = Duration::from_millis(200);
 /// How often the programs' own counters are asked for while records flow.
 const COUNTERS_BUSY: Duration = Duration::from_millis(50);
 /// The same while nothing happens.
@@ -67,11 +67,13 @@ pub enum Left {
     Stopping,
     /// The peer claims the volume with a higher table version.
     ClaimedByPeer,
+    /// The capture programs must be attached anew; no epoch is open.
+    CaptureLost,
 }
 
 /// A volume that this node has mounted.
 pub struct Owner<'a> {
-    node: &'a Node,
+    node: &'a Arc<Node>,
     volume: &'a Volume,
     board: Arc<VolumeBoard>,
     capture: Capture,
@@ -96,6 +98,8 @@ pub struct Owner<'a> {
     probe_rest: Duration,
     /// A gap ended the epoch that is to be closed.
     gap_rest: bool,
+    /// Pinned programs were removed.
+    capture_lost: bool,
 }
 
 /// An epoch about to run.
@@ -178,6 +182,7 @@ impl<'a> Owner<'a> {
             unclosed,
             resume_until: Instant::now() + resume_for,
             blind_spots: blind_spots(&capture),
+            capture_lost: false,
             capture,
         })
     }
@@ -200,11 +205,16 @@ impl<'a> Owner<'a> {
                 Some(left) => return left,
                 None => {}
             }
+            // While they are held open they go on, also to hold the gate, until the epoch is closed.
+            if self.capture_lost && self.close() {
+                return Left::CaptureLost;
+            }
             match self.begin() {
                 Ok(Some(session)) => {
                     let epoch = session.tail.epoch;
                     let ended = self.mirror(session);
                     self.gatekeeper.hold();
+                    self.capture_lost |= matches!(ended, Ended::CaptureLost(_));
                     if self.node.restarting() {
                         // It goes on, and the next agent mirrors what the programs capture meanwhile;
                         // unless it had to end just now, which that agent then does.
@@ -251,6 +261,8 @@ impl<'a> Owner<'a> {
     /// is closed. `None`: try again.
     fn begin(&mut self) -> anyhow::Result<Option<Session>> {
         if self.unclosed.is_none() {
+            let (mount, device) = (&self.volume.mount_point, self.capture.options().device);
+            watch::look_at_mount(mount, device).map_err(anyhow::Error::msg)?;
             let opened = self.door().open()?;
             return self.begin_new(opened).map(Some);
         }
@@ -265,7 +277,7 @@ impl<'a> Owner<'a> {
                 Err(error) => {
                     let reason = format!("the running epoch waits for its mirror: {error:#}");
                     self.say(Protection::Exposed, &reason);
-                    self.node.pause(RELINK_EVERY);
+                    self.node.pause(relink::EVERY);
                     return Ok(None);
                 }
             }
@@ -309,10 +321,10 @@ impl<'a> Owner<'a> {
         }
     }
 
-    fn door(&self) -> Door<'a> {
+    fn door(&self) -> Door {
         Door {
-            node: self.node,
-            volume: self.volume,
+            node: Arc::clone(self.node),
+            volume: self.volume.clone(),
             filesystem_uuid: self.filesystem_uuid,
             source: self.ring.source(),
         }
@@ -488,11 +500,12 @@ impl<'a> Owner<'a> {
             session.gaps_proven,
         )?;
         pump.watch_link()?;
+        let mut watch = Watch::start();
         let mut opened_epoch = false;
-        let mut relink_at = Instant::now();
-        let mut unlinked_since: Option<Instant> = None;
+        let mut relink = Relink::new();
         loop {
             let turn = pump.turn(recursion_misses)?;
+            watch.look(self.volume, capture)?;
             let due = if turn == Turn::Worked {
                 COUNTERS_BUSY
             } else {
@@ -512,34 +525,19 @@ impl<'a> Owner<'a> {
                     return Err(Ended::LinkGone(reason));
                 }
             }
-            if !pump.is_linked() {
-                let since = *unlinked_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > limits.lag {
-                    return Err(Ended::LinkGone(
-                        "it could not be made again in time".to_owned(),
-                    ));
-                }
-                if Instant::now() >= relink_at {
-                    relink_at = Instant::now() + RELINK_EVERY;
-                    match door.open() {
-                        Ok(Opened {
-                            link,
-                            tail: Some(tail),
-                            epoch: found,
-                            open: true,
-                        }) if found == epoch => {
-                            pump.relink(&tail, link)?;
-                            pump.watch_link()?;
-                        }
-                        Ok(_) => {
-                            let text = "the mirror no longer has the region of this epoch";
-                            return Err(Ended::LinkGone(text.to_owned()));
-                        }
-                        Err(error) => tracing::debug!(%error, "the link is not made again yet"),
-                    }
-                }
+            if pump.is_linked() {
+                relink.is_whole();
             } else {
-                unlinked_since = None;
+                if relink.gone_for() > limits.lag {
+                    let text = "it could not be made again in time";
+                    return Err(Ended::LinkGone(text.to_owned()));
+                }
+                let door = door.clone();
+                match relink.turn(move || door.open()) {
+                    Some(Ok(opened)) => go_on_over(&mut pump, opened, epoch)?,
+                    Some(Err(error)) => tracing::debug!(%error, "the link is not made again yet"),
+                    None => {}
+                }
             }
             let standing = pump.standing();
             let is_blind = !self.blind_spots.is_empty();
@@ -557,10 +555,29 @@ impl<'a> Owner<'a> {
                 let longest = if pump.is_linked() {
                     SLEEP
                 } else {
-                    RELINK_EVERY
+                    relink::EVERY
                 };
                 pump.sleep(longest)?;
             }
+        }
+    }
+}
+
+/// Goes on over a link that was made anew.
+fn go_on_over(pump: &mut Pump<'_>, opened: Opened, epoch: Epoch) -> Result<(), Ended> {
+    match opened {
+        Opened {
+            link,
+            tail: Some(tail),
+            epoch: found,
+            open: true,
+        } if found == epoch => {
+            pump.relink(&tail, link)?;
+            pump.watch_link()
+        }
+        _ => {
+            let text = "the mirror no longer has the region of this epoch";
+            Err(Ended::LinkGone(text.to_owned()))
         }
     }
 }

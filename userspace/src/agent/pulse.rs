@@ -59,6 +59,7 @@ fn mailbox_pulse(node: &Node) {
             .map(|volume| volume.name.as_str());
         let served = all.clone().filter(|name| node.is_serving(name));
         node.ledger.note_volume_io(node.volume_io.age(served));
+        node.tell_hanging_volumes(limits.dead_after);
         let own_volume_io = node.volume_io.age(all) < Some(limits.dead_after);
         let (written, look) = node.ledger.beat();
         let works = written.is_ok();

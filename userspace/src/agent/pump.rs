@@ -66,6 +66,12 @@ pub enum Ended {
     /// Too much has not reached the mirror for too long.
     #[error("the lag was over its limit: {0}")]
     Lag(String),
+    /// The volume is not where or what it was.
+    #[error("{0}")]
+    Volume(String),
+    /// Somebody removed pinned programs or maps: this agent's go on, and would end with it.
+    #[error("{0}: the capture programs are attached anew")]
+    CaptureLost(String),
     /// The agent stops.
     #[error("the agent stops")]
     Stop,

@@ -4,7 +4,7 @@
 //! its device, directly, and notes when that last succeeded; a read that hangs holds up nothing but
 //! its own note. It must never write, and never read through the page cache.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -15,6 +15,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::clock::duration;
 use super::node::{Node, lock};
+use crate::events::Event;
 
 /// One block's worth of memory, aligned for direct I/O.
 #[derive(zerocopy::FromBytes, IntoBytes, zerocopy::KnownLayout, zerocopy::Immutable)]
@@ -25,6 +26,8 @@ struct Page([u8; 4096]);
 #[derive(Debug, Default)]
 pub struct VolumeIo {
     answered: Mutex<BTreeMap<String, Instant>>,
+    /// Volumes whose device was last told to be silent.
+    silent: Mutex<BTreeSet<String>>,
 }
 
 impl VolumeIo {
@@ -32,11 +35,43 @@ impl VolumeIo {
         lock(&self.answered).insert(volume.to_owned(), Instant::now());
     }
 
+    /// Whether this is another word than the last one on that volume.
+    fn is_news(&self, volume: &str, is_silent: bool) -> bool {
+        let mut silent = lock(&self.silent);
+        if is_silent {
+            silent.insert(volume.to_owned())
+        } else {
+            silent.remove(volume)
+        }
+    }
+
     /// How long ago the one of these volumes that is silent for longest answered; `None`: there are none.
     pub fn age<'a>(&self, volumes: impl IntoIterator<Item = &'a str>) -> Option<Duration> {
         let answered = lock(&self.answered);
         let age = |volume: &str| answered.get(volume).map_or(Duration::MAX, Instant::elapsed);
         volumes.into_iter().map(age).max()
+    }
+}
+
+impl Node {
+    fn tell_volume_io(&self, volume: &str, error: Option<String>) {
+        if self.volume_io.is_news(volume, error.is_some()) {
+            self.events.record(Event::VolumeDevice {
+                volume: volume.to_owned(),
+                error,
+            });
+        }
+    }
+
+    /// Tells of devices that give no answer at all, on which the threads that read them hang.
+    pub fn tell_hanging_volumes(&self, limit: Duration) {
+        for volume in &self.config.volumes {
+            let name = volume.name.as_str();
+            if let Some(age) = self.volume_io.age([name]).filter(|age| *age > limit) {
+                let error = format!("no answer for {:.1} s", age.as_secs_f64());
+                self.tell_volume_io(name, Some(error));
+            }
+        }
     }
 }
 
@@ -53,19 +88,13 @@ pub fn start(node: &Arc<Node>) -> std::io::Result<()> {
             .name(format!("io-{}", volume.name))
             .spawn(move || {
                 let interval = duration(node.config.cluster.heartbeat_interval);
-                let (mut told, mut open) = (false, None);
+                let mut open = None;
                 while !node.ended.is_given() {
                     let result = read_once(&volume.device, &mut open);
-                    let failed = result.is_err();
-                    match result {
-                        Ok(()) => node.volume_io.note(&volume.name),
-                        Err(error) if !told => tracing::warn!(
-                            volume = %volume.name, %error,
-                            "the device of the volume does not answer"
-                        ),
-                        Err(_) => {}
+                    if result.is_ok() {
+                        node.volume_io.note(&volume.name);
                     }
-                    told = failed;
+                    node.tell_volume_io(&volume.name, result.err().map(|e| e.to_string()));
                     node.ended.wait(interval);
                 }
             })?;
@@ -99,6 +128,15 @@ mod tests {
         io.note("data");
         assert!(io.age(["data"]).unwrap() < Duration::from_secs(5));
         assert_eq!(io.age(["data", "home"]), Some(Duration::MAX));
+    }
+
+    #[test]
+    fn silence_is_told_once_and_its_end_once() {
+        let io = VolumeIo::default();
+        assert!(!io.is_news("data", false), "it was never silent");
+        assert!(io.is_news("data", true) && !io.is_news("data", true));
+        assert!(io.is_news("home", true), "each volume has its own word");
+        assert!(io.is_news("data", false) && !io.is_news("data", false));
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub(super) struct Attached {
     pub(super) ring: OwnedFd,
     pub(super) control: Control,
     pub(super) programs: Vec<OwnedFd>,
+    /// Held open: a pin that is removed takes no program away from a living agent.
+    pub(super) links: Vec<FdLink>,
     pub(super) disabled: Vec<DisabledHook>,
     pub(super) gate: Gate,
     pub(super) resumed: bool,
@@ -157,6 +159,17 @@ fn unpin(volume: &str) -> Result<(), CaptureError> {
     fs::remove_dir(&directory).map_err(failed("removing"))
 }
 
+/// A pin of the set that is not there any more. Without all of them the next agent cannot take the
+/// programs over, and they end with this one.
+pub(super) fn missing_pin(volume: &str, disabled: &[DisabledHook]) -> Option<PathBuf> {
+    let directory = pin_directory(volume);
+    let is_disabled = |hook: &Hook| disabled.iter().any(|d| d.hook.program == hook.program);
+    let maps = MAPS.iter().map(|(_, pin)| directory.join(pin));
+    let links = HOOKS.iter().filter(|hook| !is_disabled(hook));
+    maps.chain(links.map(|hook| link_pin(&directory, hook)))
+        .find(|path| !path.exists())
+}
+
 /// Opens the pinned set; the error says why it cannot be taken over.
 fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String> {
     if !directory.exists() {
@@ -197,7 +210,7 @@ fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String
         ));
     }
     let mask = control.get(control::DISABLED);
-    let (mut programs, mut disabled) = (Vec::new(), Vec::new());
+    let (mut programs, mut links, mut disabled) = (Vec::new(), Vec::new(), Vec::new());
     for (index, hook) in HOOKS.iter().enumerate() {
         if mask >> index & 1 == 1 {
             disabled.push(DisabledHook {
@@ -211,6 +224,7 @@ fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String
         let link = FdLink::from(link.map_err(|error| lost(error.to_string()))?);
         let info = link.info().map_err(|error| lost(error.to_string()))?;
         programs.push(program_by_id(info.program_id()).map_err(|error| lost(error.to_string()))?);
+        links.push(link);
     }
     let ring = duplicate(&ring).map_err(|error| error.to_string())?;
     let gate = Gate::open(control.clone()).map_err(|error| error.to_string())?;
@@ -218,6 +232,7 @@ fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String
         ring,
         control,
         programs,
+        links,
         disabled,
         gate,
         resumed: true,
@@ -267,7 +282,7 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
     control.open_gate();
     control.set(control::DEVICE, options.device.into());
     let gate = Gate::open(control.clone())?;
-    let (programs, disabled) = attach_all(&mut ebpf, directory, options)?;
+    let (programs, links, disabled) = attach_all(&mut ebpf, directory, options)?;
     let mask = HOOKS.iter().enumerate().fold(0, |mask, (index, hook)| {
         mask | u64::from(disabled.iter().any(|d| d.hook.program == hook.program)) << index
     });
@@ -280,6 +295,7 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
         ring: duplicate(&ring_map)?,
         control,
         programs,
+        links,
         disabled,
         gate,
         resumed: false,
@@ -309,7 +325,7 @@ fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<MapData, CaptureError> {
     }
 }
 
-type Programs = (Vec<OwnedFd>, Vec<DisabledHook>);
+type Programs = (Vec<OwnedFd>, Vec<FdLink>, Vec<DisabledHook>);
 
 fn attach_all(
     ebpf: &mut Ebpf,
@@ -320,17 +336,18 @@ fn attach_all(
         path: KERNEL_BTF.into(),
         reason: chain(&error),
     })?;
-    let (mut programs, mut disabled) = (Vec::new(), Vec::new());
+    let (mut programs, mut links, mut disabled) = (Vec::new(), Vec::new(), Vec::new());
     for hook in HOOKS {
         match attach_one(ebpf, &btf, hook) {
             Ok((program, link)) => {
                 let path = link_pin(directory, hook);
-                link.pin(&path).map_err(|error| CaptureError::Pin {
+                let pinned = link.pin(&path).map_err(|error| CaptureError::Pin {
                     what: "pinning",
                     path,
                     source: io::Error::other(chain(&error)),
                 })?;
                 programs.push(program);
+                links.push(FdLink::from(pinned));
             }
             Err(reason) => {
                 let essential = match hook.need {
@@ -353,7 +370,7 @@ fn attach_all(
             }
         }
     }
-    Ok((programs, disabled))
+    Ok((programs, links, disabled))
 }
 
 fn attach_one(ebpf: &mut Ebpf, btf: &Btf, hook: &Hook) -> Result<(OwnedFd, FdLink), String> {

@@ -25,7 +25,9 @@ mod ring;
 mod sys;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use aya::programs::links::FdLink;
 
 use crate::ids::Epoch;
 
@@ -102,6 +104,8 @@ pub struct Capture {
     ring: OwnedFd,
     control: Control,
     programs: Vec<OwnedFd>,
+    /// As long as they are open the programs stay attached.
+    _links: Vec<FdLink>,
     disabled: Vec<DisabledHook>,
     gate: Option<Gate>,
     resumed: bool,
@@ -131,6 +135,7 @@ impl Capture {
             ring: attached.ring,
             control: attached.control,
             programs: attached.programs,
+            _links: attached.links,
             disabled: attached.disabled,
             gate: Some(attached.gate),
             resumed: attached.resumed,
@@ -223,6 +228,13 @@ impl Capture {
     #[must_use]
     pub fn disabled(&self) -> &[DisabledHook] {
         &self.disabled
+    }
+
+    /// A pinned object that somebody removed. The programs of this agent go on, but they would end
+    /// with it, and what is written then would pass unseen.
+    #[must_use]
+    pub fn missing_pin(&self) -> Option<PathBuf> {
+        load::missing_pin(&self.options.volume_name, &self.disabled)
     }
 
     /// What is captured.
