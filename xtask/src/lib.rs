@@ -7,6 +7,7 @@ pub mod ahead;
 pub mod build;
 pub mod commands;
 pub mod demo;
+pub mod faults;
 pub mod lab;
 pub mod paths;
 pub mod progress;

@@ -3,6 +3,7 @@
 pub mod build;
 pub mod demo;
 pub mod disk_ahead;
+pub mod faults;
 pub mod run;
 pub mod setup;
 pub mod sim;

@@ -83,6 +83,15 @@ impl Lab {
         }
     }
 
+    /// Waits until a machine that dies of itself is dead.
+    ///
+    /// # Errors
+    /// If it does not die.
+    pub fn await_death(&self, node: NodeName) -> Result<()> {
+        let timeout_s = DEATH_LIMIT_S;
+        self.done(&Request::WaitDead { node, timeout_s }).map(drop)
+    }
+
     fn bring_about(&self, node: NodeName, kind: CrashKind) -> Result<()> {
         let letter = match kind {
             CrashKind::Kill => return self.done(&Request::Kill { node }).map(drop),

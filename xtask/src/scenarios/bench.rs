@@ -20,14 +20,14 @@ use crate::progress;
 use NodeName::{A, B};
 
 /// Longest wait for what takes seconds on an idle host.
-pub(super) const LIMIT: Duration = Duration::from_secs(120);
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(200);
 
 /// Nothing but a takeover may save what these scenarios write: no checkpoint by age.
-pub(super) const NO_CHECKPOINT: &str = "checkpoint_age = \"30m\"";
+pub(crate) const NO_CHECKPOINT: &str = "checkpoint_age = \"30m\"";
 
 /// A lab with these lines in the configuration's `[cluster]` and `[[volume]]`.
-pub(super) fn options(cluster: &[&str], volume: &[&str]) -> Options {
+pub(crate) fn options(cluster: &[&str], volume: &[&str]) -> Options {
     let owned = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect();
     Options {
         programs: Programs::AsBuilt,
@@ -38,7 +38,7 @@ pub(super) fn options(cluster: &[&str], volume: &[&str]) -> Options {
 }
 
 /// What the agent of `node` says of the volume.
-pub(super) fn volume(lab: &Lab, node: NodeName) -> Result<Value> {
+pub(crate) fn volume(lab: &Lab, node: NodeName) -> Result<Value> {
     let status = lab.agent_status(node)?;
     let volumes = status["volumes"].as_array();
     let found = volumes.and_then(|all| all.iter().find(|each| each["name"] == VOLUME));
@@ -48,13 +48,13 @@ pub(super) fn volume(lab: &Lab, node: NodeName) -> Result<Value> {
 }
 
 /// A number of a status or a report.
-pub(super) fn number(value: &Value, field: &str) -> Result<u64> {
+pub(crate) fn number(value: &Value, field: &str) -> Result<u64> {
     let found = value[field].as_u64();
     found.with_context(|| format!("`{field}` is no number in {value}"))
 }
 
 /// How `node` sees its peer.
-pub(super) fn peer_state(lab: &Lab, node: NodeName) -> Result<String> {
+pub(crate) fn peer_state(lab: &Lab, node: NodeName) -> Result<String> {
     let status = lab.agent_status(node)?;
     let state = status["peers"][0]["state"].as_str();
     Ok(state
@@ -63,7 +63,7 @@ pub(super) fn peer_state(lab: &Lab, node: NodeName) -> Result<String> {
 }
 
 /// Waits until `holds`; the error says what was waited for and what both nodes say.
-pub(super) fn until(
+pub(crate) fn until(
     lab: &Lab,
     what: &str,
     limit: Duration,
@@ -90,7 +90,7 @@ pub(super) fn until(
 }
 
 /// That `holds` all the time for so long.
-pub(super) fn throughout(
+pub(crate) fn throughout(
     lab: &Lab,
     what: &str,
     time: Duration,
@@ -105,7 +105,7 @@ pub(super) fn throughout(
 }
 
 /// Waits until everything captured on `node` is in the peer's region, and gives the last record.
-pub(super) fn all_mirrored(lab: &Lab, node: NodeName) -> Result<u64> {
+pub(crate) fn all_mirrored(lab: &Lab, node: NodeName) -> Result<u64> {
     let mut last = None;
     until(lab, "all that was captured is mirrored", LIMIT, || {
         let volume = volume(lab, node)?;
@@ -121,7 +121,7 @@ pub(super) fn all_mirrored(lab: &Lab, node: NodeName) -> Result<u64> {
 }
 
 /// The sum of a metric's samples whose labels hold `label`.
-pub(super) fn metric(lab: &Lab, node: NodeName, name: &str, label: &str) -> Result<f64> {
+pub(crate) fn metric(lab: &Lab, node: NodeName, name: &str, label: &str) -> Result<f64> {
     let text = metrics_text(lab, node)?;
     let mut sum = None;
     for line in text.lines() {
@@ -137,7 +137,7 @@ pub(super) fn metric(lab: &Lab, node: NodeName, name: &str, label: &str) -> Resu
 }
 
 /// What the endpoint of `node` says.
-pub(super) fn metrics_text(lab: &Lab, node: NodeName) -> Result<String> {
+pub(crate) fn metrics_text(lab: &Lab, node: NodeName) -> Result<String> {
     let command = "curl --silent --show-error --fail http://127.0.0.1:9477/metrics";
     let output = lab.exec(node, command, LIMIT)?;
     ensure!(
@@ -149,7 +149,7 @@ pub(super) fn metrics_text(lab: &Lab, node: NodeName) -> Result<String> {
 }
 
 /// What was lost or not seen since the agent's programs were attached: drops, skipped hooks, gaps.
-pub(super) fn losses(lab: &Lab, node: NodeName) -> Result<[u64; 3]> {
+pub(crate) fn losses(lab: &Lab, node: NodeName) -> Result<[u64; 3]> {
     let names = [
         "twinwrite_drops_total",
         "twinwrite_recursion_misses_total",
@@ -163,7 +163,7 @@ pub(super) fn losses(lab: &Lab, node: NodeName) -> Result<[u64; 3]> {
 }
 
 /// A line that an agent's log got after `mark` bytes and that holds all of `words`.
-pub(super) fn logged(lab: &Lab, node: NodeName, mark: usize, words: &[&str]) -> Result<bool> {
+pub(crate) fn logged(lab: &Lab, node: NodeName, mark: usize, words: &[&str]) -> Result<bool> {
     let text = fs::read(lab.agent_log(node))?;
     let text = String::from_utf8_lossy(text.get(mark..).unwrap_or_default()).into_owned();
     Ok(text
@@ -172,12 +172,12 @@ pub(super) fn logged(lab: &Lab, node: NodeName, mark: usize, words: &[&str]) -> 
 }
 
 /// How long an agent's log is now.
-pub(super) fn log_mark(lab: &Lab, node: NodeName) -> usize {
+pub(crate) fn log_mark(lab: &Lab, node: NodeName) -> usize {
     fs::metadata(lab.agent_log(node)).map_or(0, |file| file.len() as usize)
 }
 
 /// SIGKILL to the agent of `node`; it is gone when this returns.
-pub(super) fn kill_agent(lab: &Lab, node: NodeName) -> Result<()> {
+pub(crate) fn kill_agent(lab: &Lab, node: NodeName) -> Result<()> {
     lab.agent(node, AgentAction::Kill)?;
     ensure!(
         !lab.agent_is_alive(node)?,
@@ -187,13 +187,13 @@ pub(super) fn kill_agent(lab: &Lab, node: NodeName) -> Result<()> {
 }
 
 /// Whether the volume is mounted on `node`.
-pub(super) fn is_mounted(lab: &Lab, node: NodeName) -> Result<bool> {
+pub(crate) fn is_mounted(lab: &Lab, node: NodeName) -> Result<bool> {
     let command = format!("mountpoint --quiet {MOUNT_POINT}");
     Ok(lab.exec(node, &command, LIMIT)?.status == 0)
 }
 
 /// A running `twinwrite-workload stream`: each operation is one record.
-pub(super) struct Stream<'a> {
+pub(crate) struct Stream<'a> {
     lab: &'a Lab,
     node: NodeName,
     operations: u64,
@@ -201,7 +201,7 @@ pub(super) struct Stream<'a> {
 
 impl<'a> Stream<'a> {
     /// Starts one of so many operations on `node`.
-    pub(super) fn start(
+    pub(crate) fn start(
         lab: &'a Lab,
         node: NodeName,
         operations: u64,
@@ -229,7 +229,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Operations that its log says have returned.
-    pub(super) fn acknowledged(&self) -> u64 {
+    pub(crate) fn acknowledged(&self) -> u64 {
         let log = fs::read(self.lab.share(self.node).join("stream.log")).unwrap_or_default();
         // The first line is the header.
         log.iter()
@@ -239,7 +239,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Waits until so many have returned, which must happen before the last one has.
-    pub(super) fn reach(&self, operations: u64) -> Result<()> {
+    pub(crate) fn reach(&self, operations: u64) -> Result<()> {
         until(
             self.lab,
             &format!("{operations} operations of the stream"),
@@ -254,7 +254,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Waits until all have returned.
-    pub(super) fn finish(&self) -> Result<()> {
+    pub(crate) fn finish(&self) -> Result<()> {
         let out = self.lab.share(self.node).join("stream.out");
         until(self.lab, "the end of the stream", LIMIT, || {
             let said = fs::read_to_string(&out)?;
@@ -264,7 +264,7 @@ impl<'a> Stream<'a> {
     }
 
     /// What the oracle says of the volume at `root` on `judge`.
-    pub(super) fn judge(&self, judge: NodeName, root: &str) -> Result<Value> {
+    pub(crate) fn judge(&self, judge: NodeName, root: &str) -> Result<Value> {
         let (from, to) = (self.lab.share(self.node), self.lab.share(judge));
         if from != to {
             fs::copy(from.join("stream.log"), to.join("stream.log"))?;
@@ -290,7 +290,7 @@ impl<'a> Stream<'a> {
     }
 
     /// That all of it is on the served volume, down to the last operation.
-    pub(super) fn require_all(&self, node: NodeName) -> Result<()> {
+    pub(crate) fn require_all(&self, node: NodeName) -> Result<()> {
         let report = self.judge(node, MOUNT_POINT)?;
         ensure!(
             report["pass"] == true
@@ -305,7 +305,7 @@ impl<'a> Stream<'a> {
 
     /// The negative control: the disk as it was at the power cut, with its journal replayed by the
     /// kernel and nothing else, lacks some of it.
-    pub(super) fn require_loss(&self, disk: &CrashedDisk) -> Result<()> {
+    pub(crate) fn require_loss(&self, disk: &CrashedDisk) -> Result<()> {
         disk.mount(self.lab)?;
         let report = self.judge(disk.node, CrashedDisk::MOUNT_POINT);
         disk.unmount(self.lab)?;
@@ -319,7 +319,7 @@ impl<'a> Stream<'a> {
 }
 
 /// A copy of the shared disk as it was when its owner's power was cut.
-pub(super) struct CrashedDisk {
+pub(crate) struct CrashedDisk {
     node: NodeName,
 }
 
@@ -328,10 +328,10 @@ impl CrashedDisk {
     const ARCHIVE: &'static str = "crashed.tar";
     const DISK: &'static str = "/var/lib/twinwrite/volume.raw";
     /// Where it is mounted in the survivor.
-    pub(super) const MOUNT_POINT: &'static str = "/mnt";
+    pub(crate) const MOUNT_POINT: &'static str = "/mnt";
 
     /// Mounts a fresh copy of it in the survivor: the kernel replays the journal and nothing else.
-    pub(super) fn mount(&self, lab: &Lab) -> Result<()> {
+    pub(crate) fn mount(&self, lab: &Lab) -> Result<()> {
         let (archive, disk, root) = (Self::ARCHIVE, Self::DISK, Self::MOUNT_POINT);
         let command = format!(
             "modprobe loop; tar --sparse -xf /host/{archive} -C /var/lib/twinwrite && \
@@ -341,7 +341,7 @@ impl CrashedDisk {
     }
 
     /// Unmounts it and throws the copy away.
-    pub(super) fn unmount(&self, lab: &Lab) -> Result<()> {
+    pub(crate) fn unmount(&self, lab: &Lab) -> Result<()> {
         let (disk, root) = (Self::DISK, Self::MOUNT_POINT);
         lab.run(self.node, &format!("umount {root} && rm {disk}"))
             .map(drop)
@@ -350,7 +350,7 @@ impl CrashedDisk {
 
 /// Cuts the power of `node` and copies the shared disk while its peer stands still, so that nobody
 /// can have mounted it yet.
-pub(super) fn crash_and_copy(lab: &Lab, node: NodeName) -> Result<CrashedDisk> {
+pub(crate) fn crash_and_copy(lab: &Lab, node: NodeName) -> Result<CrashedDisk> {
     let survivor = node.peer();
     lab.crash(node, CrashKind::Kill)?;
     lab.monitor(survivor, "stop")?;
@@ -372,7 +372,7 @@ fn archive(disk: &Path, to: &Path) -> Result<()> {
 }
 
 /// Waits until `node` has taken the volume over and serves it.
-pub(super) fn await_takeover(lab: &Lab, node: NodeName) -> Result<Value> {
+pub(crate) fn await_takeover(lab: &Lab, node: NodeName) -> Result<Value> {
     lab.wait(node, AwaitedState::Serving, LIMIT)?;
     let volume = volume(lab, node)?;
     ensure!(
@@ -383,7 +383,7 @@ pub(super) fn await_takeover(lab: &Lab, node: NodeName) -> Result<Value> {
 }
 
 /// That A owns the protected volume and B mirrors it: where every scenario begins.
-pub(super) fn require_start(lab: &Lab) -> Result<()> {
+pub(crate) fn require_start(lab: &Lab) -> Result<()> {
     lab.wait(A, AwaitedState::Protected, LIMIT)?;
     lab.wait(B, AwaitedState::Mirror, LIMIT)?;
     ensure!(

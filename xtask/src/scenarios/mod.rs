@@ -7,7 +7,7 @@
 mod agent_killed;
 mod agent_restarted;
 mod bad_input;
-mod bench;
+pub(crate) mod bench;
 mod control_loses_unflushed;
 mod disk_ahead;
 mod gate;
