@@ -8,7 +8,7 @@
 mod kernel;
 mod list;
 mod nodes;
-mod pair;
+pub(crate) mod pair;
 mod table;
 
 use std::time::{Duration, Instant};

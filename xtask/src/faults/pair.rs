@@ -38,8 +38,8 @@ const MAP_DISKS: &str = "modprobe -a dm-mod dm-flakey dm-delay; \
 
 /// A moment by one machine's clock.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Moment {
-    pub(super) node: NodeName,
+pub(crate) struct Moment {
+    pub(crate) node: NodeName,
     at_ns: i128,
     /// The host's clock, not later.
     host_ms: i64,
@@ -47,34 +47,34 @@ pub(super) struct Moment {
 
 /// What was told of a fault, and how long after it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Seen {
+pub(crate) struct Seen {
     /// The event's name.
-    pub(super) event: String,
+    pub(crate) event: String,
     /// After the injection.
-    pub(super) after_ms: Option<u64>,
+    pub(crate) after_ms: Option<u64>,
     /// The volume's protection then.
-    pub(super) state: String,
+    pub(crate) state: String,
     /// Its reason, or what the event says.
-    pub(super) reason: String,
+    pub(crate) reason: String,
 }
 
 /// What the survivor's volume holds of what was written.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Left {
-    pub(super) confirmations: u64,
-    pub(super) confirmed_bytes_lost: u64,
-    pub(super) unconfirmed_records_lost: u64,
+pub(crate) struct Left {
+    pub(crate) confirmations: u64,
+    pub(crate) confirmed_bytes_lost: u64,
+    pub(crate) unconfirmed_records_lost: u64,
 }
 
 /// The machines, and who is who.
-pub(super) struct Pair<'a> {
-    pub(super) lab: &'a Lab,
-    pub(super) owner: NodeName,
+pub(crate) struct Pair<'a> {
+    pub(crate) lab: &'a Lab,
+    pub(crate) owner: NodeName,
 }
 
 /// Settings that all faults share: limits that an emulated machine on a busy host keeps, and no
 /// checkpoint but those that the faults cause.
-pub(super) fn options() -> Options {
+pub(crate) fn options() -> Options {
     Options {
         service: Service::Nothing,
         ..bench::options(
@@ -90,7 +90,7 @@ pub(super) fn options() -> Options {
 
 impl<'a> Pair<'a> {
     /// Of machines on which nothing runs yet.
-    pub(super) fn start(lab: &'a Lab) -> Result<Self> {
+    pub(crate) fn start(lab: &'a Lab) -> Result<Self> {
         let pair = Self {
             lab,
             owner: NodeName::A,
@@ -105,12 +105,12 @@ impl<'a> Pair<'a> {
         Ok(pair)
     }
 
-    pub(super) fn mirror(&self) -> NodeName {
+    pub(crate) fn mirror(&self) -> NodeName {
         self.owner.peer()
     }
 
     /// Waits until the owner's volume is protected, the mirror mirrors, and they hear each other.
-    pub(super) fn ready(&self) -> Result<()> {
+    pub(crate) fn ready(&self) -> Result<()> {
         self.lab.wait(self.owner, AwaitedState::Owner, LIMIT)?;
         self.lab.wait(self.owner, AwaitedState::Protected, LIMIT)?;
         self.lab.wait(self.mirror(), AwaitedState::Mirror, LIMIT)?;
@@ -121,14 +121,14 @@ impl<'a> Pair<'a> {
     }
 
     /// The present moment by the clock of `node`.
-    pub(super) fn now(&self, node: NodeName) -> Result<Moment> {
+    pub(crate) fn now(&self, node: NodeName) -> Result<Moment> {
         let host_ms = clock::now_ms();
         let said = self.lab.run(node, "date +%s%N")?;
         moment(node, &said, host_ms)
     }
 
     /// Runs what injects a fault on `node`; the moment is the one right before.
-    pub(super) fn inject(&self, node: NodeName, command: &str) -> Result<Moment> {
+    pub(crate) fn inject(&self, node: NodeName, command: &str) -> Result<Moment> {
         let host_ms = clock::now_ms();
         let output = self
             .lab
@@ -146,7 +146,7 @@ impl<'a> Pair<'a> {
 
     /// The same moment by the clock of `node`: by how long ago it was on the host's clock. It is rather a
     /// little too early than too late.
-    pub(super) fn on_clock_of(&self, moment: Moment, node: NodeName) -> Result<Moment> {
+    pub(crate) fn on_clock_of(&self, moment: Moment, node: NodeName) -> Result<Moment> {
         if moment.node == node {
             return Ok(moment);
         }
@@ -160,7 +160,7 @@ impl<'a> Pair<'a> {
     }
 
     /// Waits for the first event on the node of `since` that was written after it and of which `tells`.
-    pub(super) fn await_event(
+    pub(crate) fn await_event(
         &self,
         since: Moment,
         limit: Duration,
@@ -207,25 +207,25 @@ impl<'a> Pair<'a> {
     }
 
     /// What `node` says of the volume: protection and reason.
-    pub(super) fn shown(&self, node: NodeName) -> Result<(String, String)> {
+    pub(crate) fn shown(&self, node: NodeName) -> Result<(String, String)> {
         let volume = volume(self.lab, node)?;
         let word = |field: &str| volume[field].as_str().unwrap_or_default().to_owned();
         Ok((word("protection"), word("reason")))
     }
 
     /// Records that the owner says are captured and not mirrored.
-    pub(super) fn lag(&self) -> Option<u64> {
+    pub(crate) fn lag(&self) -> Option<u64> {
         let volume = volume(self.lab, self.owner).ok()?;
         number(&volume, "lag_records").ok()
     }
 
     /// Begins to write on the owner, and returns when it is well under way.
-    pub(super) fn write(&self) -> Result<Writer<'a>> {
+    pub(crate) fn write(&self) -> Result<Writer<'a>> {
         self.write_at(PER_SECOND)
     }
 
     /// The same at another pace; 0 is as fast as it goes.
-    pub(super) fn write_at(&self, per_second: u64) -> Result<Writer<'a>> {
+    pub(crate) fn write_at(&self, per_second: u64) -> Result<Writer<'a>> {
         let writer = Writer::start(self.lab, self.owner, per_second)?;
         bench::until(self.lab, "the writer is under way", LIMIT, || {
             Ok(writer.acknowledged() >= WARM_UP)
@@ -234,13 +234,13 @@ impl<'a> Pair<'a> {
     }
 
     /// Waits until the mirror serves, and judges there what is left.
-    pub(super) fn taken_over(&self, writer: &Writer<'_>) -> Result<Left> {
+    pub(crate) fn taken_over(&self, writer: &Writer<'_>) -> Result<Left> {
         bench::await_takeover(self.lab, self.mirror())?;
         writer.judge(self.mirror())
     }
 
     /// Brings the machine of the former owner back as the mirror of the one that took over.
-    pub(super) fn come_back(&mut self) -> Result<()> {
+    pub(crate) fn come_back(&mut self) -> Result<()> {
         let former = self.owner;
         self.owner = former.peer();
         self.bring_up(former)?;
@@ -250,13 +250,13 @@ impl<'a> Pair<'a> {
     }
 
     /// Boots a dead machine and starts its agent.
-    pub(super) fn bring_up(&self, node: NodeName) -> Result<()> {
+    pub(crate) fn bring_up(&self, node: NodeName) -> Result<()> {
         self.boot(node)?;
         self.lab.agent(node, AgentAction::Start)
     }
 
     /// Boots a dead machine.
-    pub(super) fn boot(&self, node: NodeName) -> Result<()> {
+    pub(crate) fn boot(&self, node: NodeName) -> Result<()> {
         self.lab.boot(node, false)?;
         self.lab.run(node, MAP_DISKS).map(drop)
     }
@@ -282,7 +282,7 @@ fn reason_of(event: &Value) -> String {
 }
 
 /// A stream on the owner that asks for durability now and then, and runs until it is ended.
-pub(super) struct Writer<'a> {
+pub(crate) struct Writer<'a> {
     lab: &'a Lab,
     node: NodeName,
 }
@@ -308,7 +308,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Operations that its log says have returned.
-    pub(super) fn acknowledged(&self) -> u64 {
+    pub(crate) fn acknowledged(&self) -> u64 {
         let log = fs::read(self.lab.share(self.node).join("stream.log")).unwrap_or_default();
         // The first line is the header.
         let lines = log.iter().filter(|byte| **byte == b'\n').count();
@@ -316,7 +316,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Lets it write for a while longer; what is wrong may keep it from that.
-    pub(super) fn go_on(&self, operations: u64, longest: Duration) {
+    pub(crate) fn go_on(&self, operations: u64, longest: Duration) {
         let (wanted, deadline) = (self.acknowledged() + operations, Instant::now() + longest);
         while self.acknowledged() < wanted && Instant::now() < deadline {
             sleep(POLL);
@@ -324,14 +324,14 @@ impl<'a> Writer<'a> {
     }
 
     /// Ends it, and takes away what it wrote.
-    pub(super) fn end(&self) -> Result<()> {
+    pub(crate) fn end(&self) -> Result<()> {
         let command =
             format!("kill -KILL $(cat /run/stream.pid); rm -rf {MOUNT_POINT}/stream; true");
         self.lab.run(self.node, &command).map(drop)
     }
 
     /// What the oracle finds of it on `judge`.
-    pub(super) fn judge(&self, judge: NodeName) -> Result<Left> {
+    pub(crate) fn judge(&self, judge: NodeName) -> Result<Left> {
         let (from, to) = (self.lab.share(self.node), self.lab.share(judge));
         for file in ["stream.log", "stream.confirmed"] {
             fs::copy(from.join(file), to.join(file))

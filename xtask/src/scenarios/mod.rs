@@ -14,6 +14,8 @@ mod gate;
 mod interconnect_cut;
 mod killed_in_replay;
 mod lab_survives;
+mod paused_owner;
+mod preempt_full;
 mod returning_owner;
 mod steady;
 mod survives_crash;
@@ -187,6 +189,24 @@ pub const ALL: &[Scenario] = &[
         110,
         Alone(returning_owner::run),
         "an owner that returns after it was taken over mounts and replays nothing, and mirrors",
+    ),
+    scenario(
+        "paused_owner",
+        300,
+        Alone(paused_owner::on_ext4),
+        "an owner that stands still 50 times never writes beside the one that took over",
+    ),
+    scenario(
+        "paused_owner_xfs",
+        300,
+        Alone(paused_owner::on_xfs),
+        "the same on XFS",
+    ),
+    scenario(
+        "preempt_full",
+        60,
+        Alone(preempt_full::run),
+        "hooks that a preemptible kernel skips end the epoch while the writers still write",
     ),
     scenario(
         "wrong_peer",
