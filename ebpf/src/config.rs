@@ -38,6 +38,7 @@ globals! {
     IATTR_VALID,
     RENAME_OLD_DENTRY, RENAME_FLAGS,
     FAULT_VMA, VMA_FILE,
+    MAPPING_HOST,
     DIO_IOCB, DIO_FLAGS,
     FILE_FLAGS, FILE_DENTRY, SB_MAGIC,
     /// The count of the inode's lock; how many direct writes are under way.

@@ -22,6 +22,7 @@ mod gate;
 mod hold;
 mod names;
 mod sync;
+mod writeback;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -12,7 +12,7 @@ use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
-use twinwrite_abi::{flag, op};
+use twinwrite_abi::{control, flag, op};
 
 use crate::config::*;
 use crate::emit::*;
@@ -115,8 +115,11 @@ unsafe fn mark_of(inode: *const u8, datasync: bool) -> Head {
 
 /// Emits a mark, and makes the caller wait for it.
 #[inline(always)]
-fn mark(control: Control, head: Head, call: &Call) {
+fn mark(control: Control, mut head: Head, call: &Call) {
     let generation = gate::generation(control);
+    if control.read(control::WRITEBACK_ERRORS) != control.read(control::WRITEBACK_MENDED) {
+        head.flags |= flag::TAINTED;
+    }
     let end = emit(control, head);
     let before = (call.seen_before != UNKNOWN).then_some(call.seen_before);
     gate::require(control, generation, before, end);

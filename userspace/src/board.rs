@@ -103,6 +103,8 @@ pub struct VolumeBoard {
     pub drops: Gauge,
     /// Writes whose bytes the agent had to fill from the page cache.
     pub fills: Gauge,
+    /// Write-backs of the volume that failed.
+    pub writeback_errors: Gauge,
     /// Hook runs the kernel skipped.
     pub recursion_misses: Gauge,
     /// Noticed and uncaptured changes, by `twinwrite_abi::gap`.
@@ -172,6 +174,7 @@ impl VolumeBoard {
             bytes: Default::default(),
             drops: Gauge::default(),
             fills: Gauge::default(),
+            writeback_errors: Gauge::default(),
             recursion_misses: Gauge::default(),
             gaps: Default::default(),
             checkpoints: Gauge::default(),

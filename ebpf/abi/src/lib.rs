@@ -60,6 +60,9 @@ pub mod op {
     pub const GAP: u8 = 11;
 }
 
+/// Failed write-backs that get a record of their own, with their inode, before the agent has looked.
+pub const WRITEBACK_NAMED_MAX: u64 = 64;
+
 /// Nanoseconds of one clock tick as the kernel tells it to user space (`USER_HZ` is 100 on all
 /// architectures that matter here; `nsec_to_clock_t`, kernel/time/time.c).
 pub const TICK_NS: u64 = 10_000_000;
@@ -102,10 +105,13 @@ pub mod gap {
     /// An fsync-class call was answered although its mark was not mirrored yet: who asked for it
     /// cannot be stopped.
     pub const UNGATED: usize = 9;
+    /// A write-back failed: nothing is missing in the log, but what it tells may be on no disk. Not in
+    /// the gap counters: see [`super::control::WRITEBACK_ERRORS`].
+    pub const WRITEBACK: usize = 10;
     /// How many reasons there are room for.
     pub const COUNT: usize = 16;
     /// The words for each reason, for logs and metrics.
-    pub const NAMES: [&str; 10] = [
+    pub const NAMES: [&str; 11] = [
         "fallocate",
         "remap",
         "mapping",
@@ -116,6 +122,7 @@ pub mod gap {
         "whiteout",
         "unreadable",
         "ungated",
+        "write-back",
     ];
 }
 
@@ -181,6 +188,13 @@ pub mod control {
     /// Agent: words that outlive the agent (epoch, ring position of its start ...), see
     /// `capture::continuity`.
     pub const CONTINUITY: usize = 64;
+    /// Programs: write-backs of the volume that failed.
+    pub const WRITEBACK_ERRORS: usize = 104;
+    /// Agent: how many of them it has seen.
+    pub const WRITEBACK_LOOKED: usize = 105;
+    /// Agent: how many of them are mended: what they left in doubt was written again and proven. A
+    /// mark is TAINTED while there are others.
+    pub const WRITEBACK_MENDED: usize = 106;
     /// Programs: threads that have something to wait for and have not come to the gate yet.
     pub const GATE_PENDING: usize = 96;
     /// Programs: how many found the gate open.

@@ -14,7 +14,9 @@ use std::thread::JoinHandle;
 
 use thiserror::Error;
 
-use crate::ids::{Epoch, Seq};
+use super::mending::{ErrorCount, Mending};
+use crate::capture::{Redirtied, redirty};
+use crate::ids::{Epoch, Identity, Seq};
 use crate::replay::sentinel::{Sentinel, SentinelError, SentinelFile};
 
 /// What is to be proven.
@@ -37,6 +39,36 @@ pub enum CheckpointError {
     /// Data could not be written back.
     #[error("syncfs of the volume failed: {0}; check the disk and the kernel log")]
     Sync(std::io::Error),
+    /// Bytes whose write-back failed cannot be written again.
+    #[error("inode {identity} cannot be written again, at byte {at}: {source}")]
+    Rewrite {
+        /// The inode.
+        identity: Identity,
+        /// Where.
+        at: u64,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// The same: only the mirror has them.
+    #[error(
+        "a write-back of inode {identity} failed, and its page at byte {at} has left the cache: its \
+         bytes are only in the mirror's region; power this node off, so that the mirror takes over"
+    )]
+    NotCached {
+        /// The inode.
+        identity: Identity,
+        /// Where.
+        at: u64,
+    },
+    /// The same, and nobody here knows which.
+    #[error(
+        "a write-back failed while an earlier agent ran, and what is in doubt is only in the mirror's \
+         region; power this node off, so that the mirror takes over"
+    )]
+    Unknown,
+    /// A write-back failed while the checkpoint ran.
+    #[error("a write-back failed: what was synced is not all on the disk; look at the kernel log")]
+    WriteBack,
     /// The sentinel could not be written or flushed.
     #[error(transparent)]
     Sentinel(#[from] SentinelError),
@@ -48,11 +80,15 @@ pub enum CheckpointError {
 /// The outcome of one checkpoint.
 pub type Outcome = (Checkpoint, Result<(), CheckpointError>);
 
+/// The time is the sentinel's.
+type Asked = (Checkpoint, i64, Mending);
+
 /// The thread, and the way to it. One checkpoint at a time.
 #[derive(Debug)]
 pub struct Checkpointer {
-    requests: Option<SyncSender<(Checkpoint, i64)>>,
+    requests: Option<SyncSender<Asked>>,
     outcomes: Receiver<Outcome>,
+    errors: ErrorCount,
     busy: bool,
     thread: Option<JoinHandle<()>>,
 }
@@ -65,10 +101,12 @@ impl Checkpointer {
     pub fn start(cluster: &str, volume: &str, mount_point: &Path) -> Result<Self, CheckpointError> {
         let volume_fd = OwnedFd::from(File::open(mount_point).map_err(CheckpointError::Open)?);
         let sentinel = SentinelFile::open(mount_point)?;
-        let (requests, incoming) = sync_channel::<(Checkpoint, i64)>(1);
+        let (requests, incoming) = sync_channel::<Asked>(1);
         let (outgoing, outcomes) = channel();
         let names = (cluster.to_owned(), volume.to_owned());
+        let errors = ErrorCount::default();
         let worker = Worker {
+            errors: errors.clone(),
             volume_fd,
             sentinel,
             names,
@@ -81,6 +119,7 @@ impl Checkpointer {
         Ok(Self {
             requests: Some(requests),
             outcomes,
+            errors,
             busy: false,
             thread: Some(thread),
         })
@@ -92,12 +131,18 @@ impl Checkpointer {
         self.busy
     }
 
-    /// Starts one; `false` if one is under way already.
-    pub fn begin(&mut self, checkpoint: Checkpoint, time_ns: i64) -> bool {
+    /// Where failed write-backs are counted.
+    #[must_use]
+    pub fn errors(&self) -> &ErrorCount {
+        &self.errors
+    }
+
+    /// Starts one, after what must be written again; `false` if one is under way already.
+    pub fn begin(&mut self, checkpoint: Checkpoint, time_ns: i64, mending: Mending) -> bool {
         let Some(requests) = self.requests.as_ref().filter(|_| !self.busy) else {
             return false;
         };
-        self.busy = requests.try_send((checkpoint, time_ns)).is_ok();
+        self.busy = requests.try_send((checkpoint, time_ns, mending)).is_ok();
         self.busy
     }
 
@@ -128,6 +173,7 @@ impl Drop for Checkpointer {
 }
 
 struct Worker {
+    errors: ErrorCount,
     volume_fd: OwnedFd,
     sentinel: SentinelFile,
     names: (String, String),
@@ -135,17 +181,51 @@ struct Worker {
 }
 
 impl Worker {
-    fn work(mut self, incoming: &Receiver<(Checkpoint, i64)>) {
-        while let Ok((checkpoint, time_ns)) = incoming.recv() {
-            let result = self.carry_out(checkpoint, time_ns);
+    fn work(mut self, incoming: &Receiver<Asked>) {
+        while let Ok((checkpoint, time_ns, mending)) = incoming.recv() {
+            let result = self.carry_out(checkpoint, time_ns, &mending);
             if self.outgoing.send((checkpoint, result)).is_err() {
                 return;
             }
         }
     }
 
-    fn carry_out(&mut self, checkpoint: Checkpoint, time_ns: i64) -> Result<(), CheckpointError> {
+    /// Makes dirty again what is in doubt.
+    fn write_again(&self, mending: &Mending) -> Result<(), CheckpointError> {
+        if mending.unknown {
+            return Err(CheckpointError::Unknown);
+        }
+        for (identity, ranges) in &mending.bytes {
+            let (identity, at) = (*identity, ranges.first().map_or(0, |range| range.start));
+            match redirty(&self.volume_fd, identity, ranges) {
+                Ok(Redirtied::All | Redirtied::Gone) => {}
+                Ok(Redirtied::NotCached { at }) => {
+                    return Err(CheckpointError::NotCached { identity, at });
+                }
+                Err(source) => {
+                    return Err(CheckpointError::Rewrite {
+                        identity,
+                        at,
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_out(
+        &mut self,
+        checkpoint: Checkpoint,
+        time_ns: i64,
+        mending: &Mending,
+    ) -> Result<(), CheckpointError> {
+        self.write_again(mending)?;
         nix::unistd::syncfs(self.volume_fd.as_fd()).map_err(|e| CheckpointError::Sync(e.into()))?;
+        // A sync that succeeds says nothing of pages whose write-back failed before or meanwhile.
+        if self.errors.now().is_some_and(|now| now != mending.errors) {
+            return Err(CheckpointError::WriteBack);
+        }
         let (cluster, volume) = self.names.clone();
         let Checkpoint { epoch, seq, closed } = checkpoint;
         self.sentinel.write(&Sentinel {

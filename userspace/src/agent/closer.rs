@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
 use super::clock::wall_ns;
+use super::mending::{LeftUnproven, Mending};
 use super::node::Node;
 use crate::board::VolumeBoard;
 use crate::cluster::claim::{EpochState, Phase};
@@ -53,6 +54,7 @@ pub struct Closer<'a> {
     volume: &'a Volume,
     board: Arc<VolumeBoard>,
     checkpointer: Checkpointer,
+    left: LeftUnproven,
 }
 
 type Told = (Step, Result<(), String>);
@@ -74,12 +76,18 @@ impl<'a> Closer<'a> {
             volume,
             board,
             checkpointer,
+            left: LeftUnproven::default(),
         })
     }
 
     /// For checkpoints within an epoch.
     pub fn checkpointer(&mut self) -> &mut Checkpointer {
         &mut self.checkpointer
+    }
+
+    /// Where the unproven bytes of an epoch that ends are put, for its closing checkpoint.
+    pub fn left_unproven(&self) -> LeftUnproven {
+        self.left.clone()
     }
 
     /// What an earlier agent left: an epoch that either place calls open is open, since the mailbox
@@ -107,6 +115,7 @@ impl<'a> Closer<'a> {
                 closed: true,
             },
             wanted: false,
+            errors: 0,
             trouble: None,
             began: Instant::now(),
             tell,
@@ -166,15 +175,21 @@ impl<'a> Closer<'a> {
         if let Some((done, result)) = self.checkpointer.outcome()
             && done == run.checkpoint
         {
-            if result.is_err() {
-                self.board.checkpoint_failures.add(1);
+            match &result {
+                Ok(()) => self.checkpointer.errors().mended(run.errors),
+                Err(error) => {
+                    self.board.checkpoint_failures.add(1);
+                    tracing::error!(volume = %self.volume.name, %error, "checkpoint failed");
+                }
             }
             let result = result.map_err(|error| error.to_string());
             run.closing.ended(Step::Checkpoint, result, run.now_us());
         }
         if run.wanted && !self.checkpointer.busy() {
             run.wanted = false;
-            if !self.checkpointer.begin(run.checkpoint, wall_ns()) {
+            let mending = Mending::at_close(self.checkpointer.errors(), &self.left);
+            run.errors = mending.errors;
+            if !(self.checkpointer).begin(run.checkpoint, wall_ns(), mending) {
                 let gone = Err(CheckpointError::Gone.to_string());
                 run.closing.ended(Step::Checkpoint, gone, run.now_us());
             }
@@ -254,6 +269,8 @@ struct Run {
     checkpoint: Checkpoint,
     /// It is to be begun as soon as an earlier one has ended.
     wanted: bool,
+    /// For so many failed write-backs the one under way answers.
+    errors: u64,
     trouble: Option<String>,
     began: Instant,
     tell: Sender<Told>,

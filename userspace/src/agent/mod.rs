@@ -18,6 +18,7 @@ mod gatekeeper;
 mod handler;
 mod keeper;
 mod ledger;
+mod mending;
 pub mod merge;
 mod node;
 mod owner;

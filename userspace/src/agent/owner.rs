@@ -142,6 +142,7 @@ impl<'a> Owner<'a> {
         let last_epoch = sentinel::read(mount).map_or(Epoch(0), |s| s.epoch);
         let control = capture.control();
         control.set(control::GATE_POLL_NS, GATE_POLL_NS);
+        closer.checkpointer().errors().watch(capture.control());
         let gate_off = std::env::var_os(GATE_OFF_VARIABLE).is_some();
         if gate_off {
             tracing::error!(volume = %volume.name, "{GATE_IS_OFF}");
@@ -399,6 +400,8 @@ impl<'a> Owner<'a> {
             });
         })?;
         let control = self.capture.control();
+        // Bytes whose write-back failed before have no record in this epoch.
+        control.mend_writeback(control.writeback_errors());
         let seq_base = Seq(0);
         Continuity {
             epoch,
@@ -482,6 +485,7 @@ impl<'a> Owner<'a> {
         let cautious = may_skip_hooks();
         let mut recursion_misses = misses()?;
         let mut asked_at = Instant::now();
+        let left_unproven = self.closer.left_unproven();
         let parts = Parts {
             ring: &mut self.ring,
             control: capture.control(),
@@ -489,6 +493,7 @@ impl<'a> Owner<'a> {
             checkpointer: self.closer.checkpointer(),
             gatekeeper: &self.gatekeeper,
             may_skip_hooks: cautious,
+            left_unproven,
             board: Arc::clone(&self.board),
         };
         let mut pump = Pump::new(

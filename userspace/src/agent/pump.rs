@@ -5,6 +5,7 @@
 //! when completions arrive, reads fills from the page cache, and begins checkpoints. Whatever the
 //! core cannot go on from ends the epoch with a reason; nothing is dropped in silence.
 
+mod doubt;
 mod progress;
 
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
 use super::clock::Clock;
 use super::filler::{Filler, Wanted};
 use super::gatekeeper::Gatekeeper;
+use super::mending::LeftUnproven;
 use crate::board::VolumeBoard;
 use crate::capture::{CaptureError, Control, GapCounts, RingConsumer, Woken};
 use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason, ENDING_GAPS};
@@ -25,6 +27,7 @@ use crate::link::{Body, Link, LinkError, Post, PostId, WINDOW_POSTS};
 use crate::mirror::core::{Action, CoreError, MirrorCore, PostBody};
 use crate::record::{RecordMeta, Records};
 use crate::region::scan::Tail;
+use doubt::Doubt;
 use progress::{Peak, count};
 
 /// Most ring bytes looked at in one turn.
@@ -140,6 +143,8 @@ pub struct Pump<'a> {
     checkpoint_failure: Option<String>,
     /// A captured change that the region cannot bring back, until a checkpoint has covered it.
     gap_in_log: Option<(Seq, String)>,
+    /// What failed write-backs leave in doubt.
+    doubt: Doubt,
     refreshed: Instant,
     peak: Peak,
 }
@@ -167,6 +172,8 @@ pub struct Parts<'a> {
     pub gatekeeper: &'a Gatekeeper,
     /// This kernel can skip a program, which its counters tell.
     pub may_skip_hooks: bool,
+    /// Where the bytes that are not proven at the end are put.
+    pub left_unproven: LeftUnproven,
     /// Where progress is shown.
     pub board: Arc<VolumeBoard>,
 }
@@ -199,6 +206,7 @@ impl<'a> Pump<'a> {
             .as_micros()
             .try_into()
             .unwrap_or(u64::MAX);
+        let doubt = Doubt::new(parts.control, core.captured_end(), parts.left_unproven);
         let mut planner = CheckpointPlanner::new(age_limit_us);
         // What was dirty before the epoch is nobody's record, so the epoch begins with one.
         planner.want(CheckpointReason::Requested);
@@ -239,6 +247,7 @@ impl<'a> Pump<'a> {
             gap_checkpoint_at: None,
             checkpoint_failure: None,
             gap_in_log: None,
+            doubt,
             refreshed: now,
             peak: Peak::new(now),
         })
@@ -270,7 +279,9 @@ impl<'a> Pump<'a> {
         // In the same way a call that wants a proof was counted behind all that it confirms.
         let (gaps, proofs) = (self.control.gaps(), self.control.proofs_wanted());
         let producer = self.ring.producer();
+        let errors = self.control.writeback_errors();
         let mut worked = self.take_records()?;
+        self.look_at_writebacks(errors);
         if self.core.captured_end() >= producer {
             (self.gaps_whole, self.proofs_whole) = (gaps, proofs);
         }
@@ -361,6 +372,11 @@ impl<'a> Pump<'a> {
                 None => Standing::Beginning,
             };
         }
+        if let Some(reason) = self.doubt.told() {
+            let failure = self.checkpoint_failure.iter();
+            let failure: String = failure.map(|error| format!("; {error}")).collect();
+            return Standing::Exposed(reason + &failure);
+        }
         let gaps = self.control.gaps();
         let new: Vec<&str> = gap::NAMES
             .iter()
@@ -444,6 +460,7 @@ impl<'a> Pump<'a> {
             self.core.captured(&self.metas, self.clock.now_us())?;
             for meta in &self.metas {
                 seq = seq.next();
+                self.doubt.taken(meta);
                 if let Some(reason) = self.live.appended(seq, meta)? {
                     tracing::warn!(volume = %self.board.name, %seq, %reason, "a gap");
                     self.planner.want(CheckpointReason::Gap);
@@ -601,7 +618,11 @@ impl<'a> Pump<'a> {
             self.gap_checkpoint_at = Some(Instant::now());
         }
         tracing::debug!(volume = %self.board.name, seq = %checkpoint.seq, ?reason, "checkpoint begins");
-        if !self.checkpointer.begin(checkpoint, self.clock.time_ns()) {
+        let mending = self.mending();
+        if !self
+            .checkpointer
+            .begin(checkpoint, self.clock.time_ns(), mending)
+        {
             self.not_proven(&CheckpointError::Gone);
         }
     }
@@ -614,7 +635,8 @@ impl<'a> Pump<'a> {
             return Ok(true);
         }
         match result {
-            Ok(()) => self.proven(checkpoint)?,
+            Ok(()) if self.is_believed() => self.proven(checkpoint)?,
+            Ok(()) => self.not_proven(&CheckpointError::WriteBack),
             Err(error) => self.not_proven(&error),
         }
         Ok(true)

@@ -65,6 +65,7 @@ const MEMBERS: &[Member] = &[
     ("IATTR_VALID", "iattr", &["ia_valid"]),
     ("RENAME_OLD_DENTRY", "renamedata", &["old_dentry"]),
     ("RENAME_FLAGS", "renamedata", &["flags"]),
+    ("MAPPING_HOST", "address_space", &["host"]),
     ("FAULT_VMA", "vm_fault", &["vma"]),
     ("VMA_FILE", "vm_area_struct", &["vm_file"]),
     ("DIO_IOCB", "iomap_dio", &["iocb"]),

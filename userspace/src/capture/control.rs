@@ -165,6 +165,29 @@ impl Control {
         self.get(control::FAULTS)
     }
 
+    /// How many write-backs of the volume have failed.
+    #[must_use]
+    pub fn writeback_errors(&self) -> u64 {
+        self.get(control::WRITEBACK_ERRORS)
+    }
+
+    /// So many of them were seen.
+    pub fn writeback_looked(&self, errors: u64) {
+        self.set(control::WRITEBACK_LOOKED, errors);
+    }
+
+    /// How many of them are mended.
+    #[must_use]
+    pub fn writeback_mended(&self) -> u64 {
+        self.get(control::WRITEBACK_MENDED)
+    }
+
+    /// What the first so many left in doubt was written again and is proven: marks prove something
+    /// again.
+    pub fn mend_writeback(&self, errors: u64) {
+        self.set(control::WRITEBACK_MENDED, errors);
+    }
+
     /// How often each gap reason occurred.
     #[must_use]
     pub fn gaps(&self) -> GapCounts {

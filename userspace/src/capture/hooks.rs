@@ -97,6 +97,7 @@ pub const HOOKS: &[Hook] = &[
     hook("gap_flags", Kind::Exit, "vfs_fileattr_set", Need::Notices(gap::IOCTL)),
     hook("gap_whiteout", Kind::Exit, "vfs_rename", Need::Notices(gap::WHITEOUT)),
     hook("gap_ioctl", Kind::Lsm, "file_ioctl", Need::Notices(gap::IOCTL)),
+    hook("writeback_error", Kind::Tracepoint, "filemap_set_wb_err", Need::Always),
     hook("gate_exit", Kind::Tracepoint, "sys_exit", Need::Always),
     hook("gate_kill", Kind::Lsm, "task_kill", Need::KeepsHeld),
     hook("gate_continued", Kind::Tracepoint, "signal_generate", Need::Always),

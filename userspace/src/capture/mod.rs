@@ -21,6 +21,7 @@ mod load;
 mod object;
 mod page_cache;
 mod probe;
+mod redirty;
 mod ring;
 mod sys;
 
@@ -40,6 +41,7 @@ pub use hooks::{HOOKS, Hook, Kind, Need};
 pub use load::{DisabledHook, escaped};
 pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
 pub use probe::{Feature, features, may_skip_hooks};
+pub use redirty::{Redirtied, redirty};
 pub use ring::{RingConsumer, Run, Woken};
 
 /// File systems whose hooks are known.

@@ -26,7 +26,8 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 
 use thiserror::Error;
 
@@ -96,6 +97,9 @@ struct Live {
     ring_pos: RingPos,
     identity: Identity,
     need: Need,
+    /// WRITE: where its bytes lie in the file.
+    pos: u64,
+    data_len: u32,
 }
 
 /// What is known of an inode that has live records.
@@ -195,6 +199,12 @@ impl LiveLog {
             ring_pos: meta.ring_pos,
             identity,
             need,
+            pos: meta.pos,
+            data_len: if meta.op == op::WRITE {
+                meta.data_len
+            } else {
+                0
+            },
         });
         if meta.op == op::FSYNC {
             self.fsync_mark(
@@ -278,6 +288,24 @@ impl LiveLog {
         Seq(self.first.0 - 1)
     }
 
+    /// Where unproven bytes lie, by inode; `None` if there may be others: records of an earlier agent,
+    /// of which this one knows nothing.
+    #[must_use]
+    pub fn unproven_bytes(&self) -> Option<BTreeMap<Identity, Vec<Range<u64>>>> {
+        if self.first < self.known_from {
+            return None;
+        }
+        let mut bytes: BTreeMap<Identity, Vec<Range<u64>>> = BTreeMap::new();
+        for live in self.live.iter().filter(|live| live.data_len > 0) {
+            let range = live.pos..live.pos.saturating_add(live.data_len.into());
+            bytes.entry(live.identity).or_default().push(range);
+        }
+        for ranges in bytes.values_mut() {
+            *ranges = merged(std::mem::take(ranges));
+        }
+        Some(bytes)
+    }
+
     /// Records that are held.
     #[must_use]
     pub fn live_records(&self) -> usize {
@@ -320,4 +348,17 @@ impl LiveLog {
             }
         }
     }
+}
+
+/// Ranges in order, those that touch made into one.
+fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| (range.start, range.end));
+    let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
 }

@@ -196,7 +196,7 @@ const GAUGES: [(&str, &str, Option<Unit>, Read); 15] = [
     ),
 ];
 
-const COUNTERS: [(&str, &str, Count); 7] = [
+const COUNTERS: [(&str, &str, Count); 8] = [
     ("drops", "Events lost because the ring was full", |v| {
         v.drops.get()
     }),
@@ -209,6 +209,11 @@ const COUNTERS: [(&str, &str, Count); 7] = [
         "recursion_misses",
         "Hook runs that the kernel skipped",
         |v| v.recursion_misses.get(),
+    ),
+    (
+        "writeback_errors",
+        "Write-backs of the volume that failed",
+        |v| v.writeback_errors.get(),
     ),
     ("checkpoints", "Checkpoints that proved durability", |v| {
         v.checkpoints.get()

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use twinwrite_abi::ATTR_SIZE;
+use twinwrite_abi::{ATTR_SIZE, gap};
 
 use super::ReplayError;
 use super::extents::{END, Source};
@@ -110,6 +110,8 @@ impl<'a> Gather<'a> {
             op::EXCHANGE => self.exchange(item),
             op::SETATTR => self.setattr(item),
             op::FSYNC => self.mark(item),
+            // Nothing is missing in the log.
+            op::GAP if record.header.arg == gap::WRITEBACK as u64 => {}
             op::GAP => *self.plan.gaps.entry(record.header.arg).or_default() += 1,
             other => {
                 return Err(ReplayError::Contradiction {
