@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 use crate::build::{self, Profile};
-use crate::faults::{self, Outcome, Table};
+use crate::faults::{self, Table};
 use crate::setup::{self, Purpose};
 
 /// Its arguments.
@@ -41,15 +41,17 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     if !arguments.no_build {
         build::build(Profile::Release)?;
     }
-    let Outcome { rows, failed } = faults::run(&arguments.only)?;
-    println!("{} told as they must be, {} not", rows.len(), failed.len());
-    if arguments.write {
-        let mut table = Table::load()?;
-        for (name, row) in rows {
-            table.put(name, row);
+    let mut table = Table::load()?;
+    let mut told = 0;
+    let failed = faults::run(&arguments.only, |name, row| {
+        told += 1;
+        table.put(name, row);
+        if arguments.write {
+            table.write(&names)?;
         }
-        table.write(&names)?;
-    }
+        Ok(())
+    })?;
+    println!("{told} told as they must be, {} not", failed.len());
     if !failed.is_empty() {
         bail!("failed: {}", failed.join(", "));
     }

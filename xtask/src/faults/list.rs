@@ -62,7 +62,7 @@ pub(super) const AGENTS: &[Fault] = &[
             Owner(
                 "pid=$(cat /run/twinwrite-agent.pid); echo 1000 >/proc/$pid/oom_score_adj; \
                  echo f >/proc/sysrq-trigger; \
-                 for i in $(seq 200); do [ -d /proc/$pid ] || exit 0; sleep 0.05; done; exit 1",
+                 for i in $(seq 60); do twinwrite-agent alive || exit 0; sleep 0.05; done; exit 1",
             ),
             Sign::Mirror("takeover_began"),
             Fenced,

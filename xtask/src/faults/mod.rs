@@ -121,27 +121,22 @@ pub fn all() -> impl Iterator<Item = &'static Fault> {
         .chain(kernel::FAULTS)
 }
 
-/// What came of a run.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// The rows of those that passed, by name.
-    pub rows: Vec<(&'static str, Row)>,
-    /// Those that did not.
-    pub failed: Vec<&'static str>,
-}
-
-/// Runs those of these names, or all.
+/// Runs those of these names, or all; each row is handed to `found` at once. Gives the names of those that
+/// failed.
 ///
 /// # Errors
-/// If there is none of such a name. A fault that fails is part of the outcome.
-pub fn run(only: &[String]) -> Result<Outcome> {
+/// If there is none of such a name, and those of `found`. A fault that fails is part of the outcome.
+pub fn run(
+    only: &[String],
+    mut found: impl FnMut(&'static str, Row) -> Result<()>,
+) -> Result<Vec<&'static str>> {
     for name in only {
         let known = all().any(|fault| fault.name == name);
         ensure!(known, "no fault `{name}`: cargo xtask faults --list");
     }
     let wanted = |fault: &&Fault| only.is_empty() || only.iter().any(|name| name == fault.name);
     let mut rest = all().filter(wanted).peekable();
-    let mut outcome = Outcome::default();
+    let mut failed = Vec::new();
     while let Some(first) = rest.next() {
         let mut next = Some(first);
         let ran = with_lab("faults", pair::options(), |lab| {
@@ -151,7 +146,7 @@ pub fn run(only: &[String]) -> Result<Outcome> {
                 let row = fault.run(&mut pair).with_context(|| fault.name)?;
                 let seconds = began.elapsed().as_secs_f32();
                 println!("{}: {seconds:.0} s: {row:?}", fault.name);
-                outcome.rows.push((fault.name, row));
+                found(fault.name, row)?;
                 next = rest.next();
                 if next.is_some() {
                     pair.ready()?;
@@ -165,12 +160,10 @@ pub fn run(only: &[String]) -> Result<Outcome> {
                 .chain()
                 .find_map(|cause| all().find(|fault| cause.to_string() == fault.name));
             println!("FAILED\n{error:#}");
-            outcome
-                .failed
-                .push(told.or(next).map_or("the machines", |fault| fault.name));
+            failed.push(told.or(next).map_or("the machines", |fault| fault.name));
         }
     }
-    Ok(outcome)
+    Ok(failed)
 }
 
 impl Fault {

@@ -120,6 +120,13 @@ impl<'a> Pair<'a> {
         })
     }
 
+    /// The moment that a command on `node` tells.
+    pub(crate) fn at(&self, node: NodeName, command: &str) -> Result<Moment> {
+        let host_ms = clock::now_ms();
+        let said = self.lab.run(node, command)?;
+        moment(node, &said, host_ms)
+    }
+
     /// The present moment by the clock of `node`.
     pub(crate) fn now(&self, node: NodeName) -> Result<Moment> {
         let host_ms = clock::now_ms();
