@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fentry, fexit, lsm, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext, LsmContext};
-use twinwrite_abi::{control, gap};
+use twinwrite_abi::{control, gap, op};
 
 use crate::config::*;
 use crate::emit::*;
@@ -31,6 +31,73 @@ unsafe fn note_dentry(dentry: *const u8, reason: usize) -> Option<()> {
     // SAFETY: the caller passes a dentry from the hook's arguments.
     let inode: *const u8 = unsafe { member(dentry, &DENTRY_INODE) };
     note_gap(wanted(inode)?, reason, inode);
+    Some(())
+}
+
+/// What a thread has noted before it happens, to be noted again once it has happened.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Early {
+    ino: u64,
+    generation: u32,
+    reason: u32,
+}
+
+#[map]
+static EARLY: LruHashMap<u64, Early> = LruHashMap::with_max_entries(4096, 0);
+
+/// Notes a change that is about to happen; [`note_late`] notes it again, so that no checkpoint that
+/// ran before it is taken for one that covers it.
+#[inline(always)]
+unsafe fn note_early(inode: *const u8, reason: usize) -> Option<()> {
+    const NEW_ONLY: u64 = 1;
+    let control = wanted(inode)?;
+    note_gap(control, reason, inode);
+    // SAFETY: the helper has no precondition; the caller passes an inode that `wanted` accepted.
+    let (thread, early) = unsafe {
+        (
+            bpf_get_current_pid_tgid(),
+            Early {
+                ino: member(inode, &INODE_INO),
+                generation: member(inode, &INODE_GENERATION),
+                reason: reason as u32,
+            },
+        )
+    };
+    if EARLY.insert(&thread, &early, NEW_ONLY).is_ok() {
+        control.increment(control::EARLY_NOTES);
+    }
+    Some(())
+}
+
+/// Notes again what the thread had noted before it happened.
+#[inline(always)]
+pub fn note_late(control: Control, thread: u64) -> Option<()> {
+    if control.read(control::EARLY_NOTES) == 0 {
+        return None;
+    }
+    // SAFETY: only this thread writes its entry.
+    let early = *unsafe { EARLY.get(&thread) }?;
+    let _ = EARLY.remove(&thread);
+    control.add(control::EARLY_NOTES, u64::MAX);
+    let reason = early.reason as usize & (gap::COUNT - 1);
+    let before = control.increment(control::GAPS + reason);
+    if before == control.read(control::GAPS_SEEN + reason) {
+        let head = Head {
+            op: op::GAP,
+            flags: 0,
+            name_len: 0,
+            data_len: 0,
+            ino: early.ino,
+            generation: early.generation,
+            mode: 0,
+            pos: 0,
+            size_after: 0,
+            time_ns: 0,
+            arg: reason as u64,
+        };
+        emit(control, head);
+    }
     Some(())
 }
 
@@ -140,8 +207,20 @@ pub fn gap_direct_io(ctx: FEntryContext) -> i32 {
     // SAFETY: the arguments of the hooked function.
     unsafe {
         if member::<u32>(dio, &DIO_FLAGS) & IOMAP_DIO_WRITE != 0 {
-            note_file(member(member(dio, &DIO_IOCB), &KIOCB_FILP), gap::DIRECT_IO);
+            let file: *const u8 = member(member(dio, &DIO_IOCB), &KIOCB_FILP);
+            note_early(member(file, &FILE_INODE), gap::DIRECT_IO);
         }
+    }
+    0
+}
+
+/// Its end: extents are converted and the size is set inside.
+#[fexit(function = "iomap_dio_complete")]
+pub fn gap_direct_io_end(_: FExitContext) -> i32 {
+    // SAFETY: the helper has no precondition.
+    let thread = unsafe { bpf_get_current_pid_tgid() };
+    if let Some(control) = Control::get() {
+        note_late(control, thread);
     }
     0
 }
@@ -184,11 +263,9 @@ pub fn gap_acl_inherit(ctx: FExitContext) -> i32 {
     // the hooked function has just asked for the default ACL, and the value says what it got.
     let acl = unsafe { bpf_probe_read_kernel(place.cast::<u64>()) }.unwrap_or(0);
     // Small negative and odd values stand for "not asked yet" (include/linux/posix_acl.h).
-    if acl != 0
-        && acl & 1 == 0
-        && let Some(control) = wanted(directory)
-    {
-        note_gap(control, gap::XATTR, directory);
+    if acl != 0 && acl & 1 == 0 {
+        // SAFETY: the arguments of the hooked function.
+        unsafe { note_early(directory, gap::XATTR) };
     }
     0
 }
@@ -247,7 +324,7 @@ pub fn gap_ioctl(ctx: LsmContext) -> i32 {
     let before: i32 = ctx.arg(3);
     if before == 0 && !harmless_ioctl(ctx.arg(1)) {
         // SAFETY: the arguments of the hook.
-        unsafe { note_file(ctx.arg(0), gap::IOCTL) };
+        unsafe { note_early(member(ctx.arg(0), &FILE_INODE), gap::IOCTL) };
     }
     before
 }

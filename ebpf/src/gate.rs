@@ -25,6 +25,7 @@ use twinwrite_abi::{control, gap, held, op};
 
 use crate::config::*;
 use crate::emit::*;
+use crate::gaps;
 use crate::hold::hold;
 
 /// `PF_KTHREAD` and `PF_IO_WORKER`.
@@ -412,6 +413,7 @@ pub fn gate_exit(ctx: BtfTracePointContext) -> i32 {
         return 0;
     };
     let thread = thread();
+    gaps::note_late(control, thread);
     let mut wait = None;
     if control.read(control::GATE_PENDING) != 0 {
         // SAFETY: only this thread writes its entry.

@@ -188,6 +188,8 @@ pub mod control {
     /// Agent: words that outlive the agent (epoch, ring position of its start ...), see
     /// `capture::continuity`.
     pub const CONTINUITY: usize = 64;
+    /// Programs: threads that have noted a gap that is about to happen, and not again.
+    pub const EARLY_NOTES: usize = 108;
     /// Programs: write-backs of the volume that failed.
     pub const WRITEBACK_ERRORS: usize = 104;
     /// Agent: how many of them it has seen.

@@ -88,6 +88,7 @@ pub const HOOKS: &[Hook] = &[
     hook("gap_remap_copy", Kind::Exit, "vfs_copy_file_range", Need::Notices(gap::REMAP)),
     hook("gap_mapping", Kind::Exit, "do_page_mkwrite", Need::Notices(gap::MAPPING)),
     hook("gap_direct_io", Kind::Entry, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
+    hook("gap_direct_io_end", Kind::Exit, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
     hook("gap_xattr_set", Kind::Exit, "__vfs_setxattr_noperm", Need::Notices(gap::XATTR)),
     hook("gap_xattr_remove", Kind::Exit, "__vfs_removexattr_locked", Need::Notices(gap::XATTR)),
     hook("gap_xattr_drop", Kind::Exit, "__vfs_removexattr", Need::Notices(gap::XATTR)),

@@ -143,7 +143,10 @@ pub fn run(
             let mut pair = Pair::start(lab)?;
             while let Some(fault) = next.take() {
                 let began = Instant::now();
-                let row = fault.run(&mut pair).with_context(|| fault.name)?;
+                let row = fault
+                    .run(&mut pair)
+                    .inspect_err(|_| show_logs(lab))
+                    .with_context(|| fault.name)?;
                 let seconds = began.elapsed().as_secs_f32();
                 println!("{}: {seconds:.0} s: {row:?}", fault.name);
                 found(fault.name, row)?;
@@ -164,6 +167,18 @@ pub fn run(
         }
     }
     Ok(failed)
+}
+
+/// What the agents and the kernels said last: the machines of a fault that failed are not kept.
+fn show_logs(lab: &Lab) {
+    for node in NodeName::ALL {
+        let (agent, console) = (lab.agent_log(node), lab.console_log(node));
+        println!("--- agent of {node}\n{}", progress::tail(&agent, 80));
+        println!("--- console of {node}\n{}", progress::tail(&console, 15));
+    }
+    for event in lab.events().unwrap_or_default().iter().rev().take(12) {
+        println!("{event}");
+    }
 }
 
 impl Fault {

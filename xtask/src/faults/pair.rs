@@ -178,6 +178,7 @@ impl<'a> Pair<'a> {
         loop {
             let found = self.event(since, &tells)?;
             if let Some((event, after_ms)) = found {
+                self.trust_clock(since)?;
                 let state = event["to"].as_str().unwrap_or_default();
                 return Ok(Seen {
                     event: event["event"].as_str().unwrap_or_default().to_owned(),
@@ -191,6 +192,20 @@ impl<'a> Pair<'a> {
             }
             sleep(POLL);
         }
+    }
+
+    /// The seconds of an emulated machine may fly: then what its clock measured is no time.
+    fn trust_clock(&self, since: Moment) -> Result<()> {
+        let now = self.now(since.node)?;
+        let there_ms = (now.at_ns - since.at_ns) / 1_000_000;
+        // The host's reading is from before the machine's, so it has waited for longer.
+        let here_ms = i128::from(clock::now_ms() - since.host_ms);
+        ensure!(
+            there_ms <= here_ms * 5 / 4 + 1000,
+            "the clock of {} flies: {there_ms} ms passed there, {here_ms} ms here",
+            since.node
+        );
+        Ok(())
     }
 
     fn event(&self, since: Moment, tells: impl Fn(&Value) -> bool) -> Result<Option<(Value, u64)>> {

@@ -323,3 +323,28 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn unproven_bytes_are_those_of_live_writes_and_unknown_after_a_restart() {
+    let inode = |ino| Identity { ino, generation: 1 };
+    let mut log = LiveLog::new(Seq(1), Seq(1));
+    let written = [
+        write(1, 64, 0, 4096),
+        write(1, 128, 4096, 100),
+        write(2, 192, 50, 10),
+        write(1, 256, 9000, 10),
+        meta(op::CREATE, 3, 320),
+    ];
+    for (at, meta) in written.iter().enumerate() {
+        log.appended(Seq(at as u64 + 1), meta).unwrap();
+    }
+    let unproven = log.unproven_bytes().unwrap();
+    assert_eq!(unproven[&inode(1)], [0..4196, 9000..9010]);
+    assert_eq!(unproven[&inode(2)].len(), 1);
+    assert_eq!(unproven.len(), 2, "a name has no bytes");
+    log.checkpoint(Seq(3)).unwrap();
+    assert_eq!(log.purgeable(), Seq(3));
+    let unproven = log.unproven_bytes().unwrap();
+    assert_eq!(unproven.keys().collect::<Vec<_>>(), [&inode(1)]);
+    assert!(LiveLog::new(Seq(4), Seq(9)).unproven_bytes().is_none());
+}
