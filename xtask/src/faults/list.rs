@@ -381,10 +381,14 @@ pub(super) const DISKS: &[Fault] = &[
     fault(
         "remounted-read-only",
         "the volume becomes read-only",
-        "sysrq u",
+        "ext4 meets an error and is mounted with errors=remount-ro",
         5,
         (
-            Owner("echo u >/proc/sysrq-trigger"),
+            Owner(
+                "mount -o remount,errors=remount-ro /srv/vol0; \
+                 device=$(readlink -f /dev/mapper/lab-volume); \
+                 echo injected >/sys/fs/ext4/${device##*/}/trigger_fs_error",
+            ),
             Says("read-only"),
             PowerCut,
             Undo::Nothing,

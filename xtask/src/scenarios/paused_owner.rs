@@ -38,8 +38,10 @@ fn paused(name: &str, filesystem: Filesystem) -> Result<()> {
         let mut pair = Pair::start(lab)?;
         let mut writer = pair.write()?;
         let (mut taken_over, mut seed) = (0, 0x2545_f491_4f6c_dd1d_u64);
-        for number in 1..=PAUSES {
+        let pauses = pauses()?;
+        for number in 1..=pauses {
             let pause = time(number, &mut seed);
+            progress::note(&format!("pause {number}: {pause:?}"));
             stand_still(lab, pair.owner, number, pause)?;
             if is_taken_over(&pair)? {
                 taken_over += 1;
@@ -47,18 +49,26 @@ fn paused(name: &str, filesystem: Filesystem) -> Result<()> {
                     .with_context(|| format!("after pause {number}, of {pause:?}"))?;
                 writer = pair.write()?;
             } else {
-                writer.go_on(20, Duration::from_secs(2));
+                writer.go_on(10, Duration::from_secs(1));
             }
         }
         ensure!(
-            (2..PAUSES).contains(&taken_over),
-            "of {PAUSES} pauses {taken_over} ended in a takeover: the times do not try both"
+            (2..pauses).contains(&taken_over),
+            "of {pauses} pauses {taken_over} ended in a takeover: the times do not try both"
         );
         progress::note(&format!(
-            "{PAUSES} pauses, {taken_over} takeovers, {filesystem} clean after each"
+            "{pauses} pauses, {taken_over} takeovers, {filesystem} clean after each"
         ));
         Ok(())
     })
+}
+
+/// `TWINWRITE_PAUSES` says another number, for a shorter look.
+fn pauses() -> Result<u32> {
+    match std::env::var("TWINWRITE_PAUSES") {
+        Ok(number) => number.parse().context("TWINWRITE_PAUSES is no number"),
+        Err(_) => Ok(PAUSES),
+    }
 }
 
 /// How long the pause of this number is: mostly short, now and then around the limit and above.
