@@ -14,6 +14,7 @@ use super::clock::wall_ns;
 use super::mending::{LeftUnproven, Mending};
 use super::node::Node;
 use crate::board::VolumeBoard;
+use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase};
 use crate::cluster::control::{Request, Response};
 use crate::cluster::ownership::is_claimed_by_peer;
@@ -71,6 +72,10 @@ impl<'a> Closer<'a> {
     ) -> Result<Self, CheckpointError> {
         let cluster = &node.config.cluster.name;
         let checkpointer = Checkpointer::start(cluster, &volume.name, &volume.mount_point)?;
+        // Programs that an earlier agent left have counted on.
+        if let Some(control) = Capture::pinned_control(&volume.name) {
+            checkpointer.errors().watch(&control);
+        }
         Ok(Self {
             node,
             volume,
@@ -187,7 +192,7 @@ impl<'a> Closer<'a> {
         }
         if run.wanted && !self.checkpointer.busy() {
             run.wanted = false;
-            let mending = Mending::at_close(self.checkpointer.errors(), &self.left);
+            let mending = Mending::at_close(self.checkpointer.errors(), &self.left, run.is_news);
             run.errors = mending.errors;
             if !(self.checkpointer).begin(run.checkpoint, wall_ns(), mending) {
                 let gone = Err(CheckpointError::Gone.to_string());

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use super::node::lock;
 use crate::capture::Control;
@@ -32,30 +32,31 @@ impl LeftUnproven {
 
 /// The count of failed write-backs, once the volume is captured.
 #[derive(Clone, Debug, Default)]
-pub struct ErrorCount(Arc<OnceLock<Control>>);
+pub struct ErrorCount(Arc<Mutex<Option<Control>>>);
 
 impl ErrorCount {
     /// From here on they are counted there.
     pub fn watch(&self, control: &Control) {
-        // Watched once for each owner.
-        self.0.set(control.clone()).ok();
+        *lock(&self.0) = Some(control.clone());
     }
 
     /// How many there are; `None` without capture.
     pub fn now(&self) -> Option<u64> {
-        self.0.get().map(Control::writeback_errors)
+        lock(&self.0).as_ref().map(Control::writeback_errors)
     }
 
     /// So many of them are mended.
     pub fn mended(&self, errors: u64) {
-        if let Some(control) = self.0.get() {
+        if let Some(control) = &*lock(&self.0) {
             control.mend_writeback(errors);
         }
     }
 
     fn is_mended(&self) -> bool {
-        let control = self.0.get();
-        control.is_none_or(|control| control.writeback_errors() == control.writeback_mended())
+        let control = lock(&self.0);
+        control
+            .as_ref()
+            .is_none_or(|control| control.writeback_errors() == control.writeback_mended())
     }
 }
 
@@ -92,10 +93,11 @@ impl Mending {
         Self { bytes, ..nothing }
     }
 
-    /// For the checkpoint that closes an epoch: if anything is in doubt, all that is not proven.
-    pub fn at_close(count: &ErrorCount, left: &LeftUnproven) -> Self {
+    /// For the checkpoint that closes an epoch: if anything is in doubt, all that is not proven. What
+    /// was closed before and is proven again leaves nothing in doubt.
+    pub fn at_close(count: &ErrorCount, left: &LeftUnproven, was_open: bool) -> Self {
         let errors = count.now().unwrap_or(0);
-        let asked = if count.is_mended() {
+        let asked = if !was_open || count.is_mended() {
             Rewrite::Nothing
         } else {
             Rewrite::Everything
@@ -130,7 +132,7 @@ mod tests {
 
     #[test]
     fn without_capture_nothing_is_in_doubt() {
-        let mending = Mending::at_close(&ErrorCount::default(), &LeftUnproven::default());
+        let mending = Mending::at_close(&ErrorCount::default(), &LeftUnproven::default(), true);
         assert_eq!(mending, Mending::default());
     }
 }

@@ -155,6 +155,12 @@ impl Capture {
         load::can_be_resumed(options)
     }
 
+    /// The control words of the programs that are pinned for a volume.
+    #[must_use]
+    pub fn pinned_control(volume_name: &str) -> Option<Control> {
+        load::pinned_control(volume_name)
+    }
+
     /// The epoch that the pinned programs of a volume still serve, as its agent left it.
     #[must_use]
     pub fn pinned_epoch(volume_name: &str) -> Option<Epoch> {
