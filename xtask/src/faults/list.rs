@@ -263,7 +263,7 @@ pub(super) const CAPTURE: &[Fault] = &[
         (
             Owner(
                 "dmsetup suspend --noflush --nolockfs lab-volume && \
-                 dd if=/dev/zero of=/srv/vol0/burst bs=64k count=1600 status=none",
+                 { dd if=/dev/zero of=/srv/vol0/burst bs=64k count=1600 status=none & }",
             ),
             Weakened,
             PowerCut,
