@@ -83,16 +83,14 @@ fn sync(
     under: &mut Under<'_>,
 ) {
     let scope = match random.below(10) {
-        // A sync of the volume is not a mark of each inode: see docs/simulator.md.
-        0 if !kernel.uncaptured.is_empty() => return,
         0 => Scope::Volume,
-        1 => match random.pick(&directories(kernel)) {
+        1..=2 => match random.pick(&directories(kernel)) {
             Some(directory) => Scope::Full(directory),
             None => return,
         },
         dice => match (random.pick(files), dice) {
             (None, _) => return,
-            (Some(file), 2..=5) => Scope::Full(file),
+            (Some(file), 3..=5) => Scope::Full(file),
             (Some(file), 6..=7) => Scope::Data(file),
             (Some(file), _) => {
                 let first = random.below(MAX_BLOCKS);

@@ -11,6 +11,18 @@ const UNSEEN: &[CoreFault] = &[CoreFault::PublishedIgnored, CoreFault::RebootedS
 pub enum DriverFault {
     /// Fsync-class calls answer without waiting for their marks.
     GateRemoved,
+    /// An fsync waits for what was captured when it began, also while somebody is changing the file.
+    WritersIgnored,
+    /// A sync of names or of the volume answers once everything captured is mirrored.
+    SyncTrustsLog,
+    /// A sync of the volume answers once everything captured is mirrored, unless the log lacks something.
+    SyncTrustsWholeLog,
+    /// A sync of names that somebody is changing answers once its mark is mirrored.
+    MarkForNames,
+    /// An fsync waits for what was captured when it began, also while the log lacks something.
+    FsyncTrustsLog,
+    /// A gap is settled by one checkpoint.
+    GapsSettledEarly,
     /// A checkpoint is called proven without a sync.
     PurgeBeforeSync,
     /// The sentinel is written before the device has flushed what it says.
@@ -51,6 +63,12 @@ impl DriverFault {
     /// All of them.
     pub const ALL: &[Self] = &[
         Self::GateRemoved,
+        Self::WritersIgnored,
+        Self::SyncTrustsLog,
+        Self::SyncTrustsWholeLog,
+        Self::MarkForNames,
+        Self::FsyncTrustsLog,
+        Self::GapsSettledEarly,
         Self::PurgeBeforeSync,
         Self::SentinelBeforeFlush,
         Self::WriteErrorIgnored,

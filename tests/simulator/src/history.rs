@@ -180,8 +180,11 @@ impl History {
                 },
             };
             if inside {
-                let returned = |entry: &&Entry| self.operations[entry.operation].returned;
-                let count = track.entries.iter().take_while(returned).count();
+                // What anybody can see counts, whether or not the call that changes it has returned; of a
+                // range only its bytes.
+                let visible = !matches!((scope, register), (Scope::Range(..), Register::Size(_)));
+                let counts = |entry: &&Entry| visible || self.operations[entry.operation].returned;
+                let count = track.entries.iter().take_while(counts).count();
                 if count > 0 {
                     promise.push((register.clone(), count));
                 }
@@ -291,7 +294,7 @@ impl History {
         let (shown, _) = after.get(register);
         let ((value, version), confirmed) = self.least(register, cut, base);
         if shown == value
-            || self.is_excused(register, (value, version), (before, after))
+            || self.is_excused(register, (value, version), cut, (base, before, after))
             || !confirmed && self.is_nameless(register, cut, base)
         {
             return Ok(());
@@ -357,7 +360,8 @@ impl History {
         &self,
         register: &Register,
         (value, version): (u64, Version),
-        (before, after): (&Shown, &Shown),
+        cut: Option<u64>,
+        (base, before, after): (&Shown, &Shown, &Shown),
     ) -> bool {
         let inode = register.inode();
         if !matches!(register, Register::Exists(_)) && after.get(&Register::Exists(inode)).0 == 0 {
@@ -388,7 +392,9 @@ impl History {
                 let moved = before.get(register).1 > version
                     && after.get(register).0 == 0
                     && (after.recovered.contains(&child) || after.get(&child).0 == 1);
-                value != 0 && (gone || moved)
+                // Its making was not captured: no log brings it back.
+                let unknown = self.least(&child, cut, base).0.0 == 0 && after.get(&child).0 == 0;
+                value != 0 && (gone || moved || unknown && after.get(register).0 == 0)
             }
             _ => false,
         }

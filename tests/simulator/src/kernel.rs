@@ -5,18 +5,21 @@
 //! ring's position, writes back, commits the journal, writes its mark, and waits at the gate.
 
 mod records;
+mod syncing;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use twinwrite::ids::{Identity, RingPos};
+use twinwrite::ids::Identity;
 use twinwrite::mirror::gate::OpenTo;
-use twinwrite::record::{RecordHeader, encode, flag, gap, op};
+use twinwrite::record::{RecordHeader, encode, gap, op};
 
 use crate::disk::Disk;
+use crate::gating::Wait;
 use crate::history::{History, Promise, Scope};
-use crate::image::{BLOCK_BYTES, Image, Mutation, Set, Version};
+use crate::image::{Image, Mutation, Set, Version};
 use crate::random::Random;
 use crate::ring::Ring;
+pub use syncing::{Rule, Waits};
 
 /// Application threads.
 pub const THREADS: usize = 3;
@@ -42,10 +45,10 @@ pub enum Call {
     WrittenBack(Sync),
     /// Durable, before the hook at its exit.
     Durable(Sync),
-    /// The mark is reserved.
-    Marked(Sync, Option<u64>),
-    /// Waits at the gate for its mark, which ends at this position.
-    Gated(Promise, u64),
+    /// The mark is reserved here, and this is waited for.
+    Marked(Sync, Option<u64>, Wait),
+    /// Waits at the gate.
+    Gated(Promise, Wait),
 }
 
 /// A change under way.
@@ -69,6 +72,8 @@ pub struct Sync {
     datasync: bool,
     /// The ring's position at its entry.
     entry: u64,
+    /// The same, if nobody was changing the file then.
+    seen: Option<u64>,
     /// The journal must be committed up to here.
     need: Version,
     promise: Promise,
@@ -93,6 +98,17 @@ pub struct Kernel {
     pub ring: Ring,
     /// How far the gates are open: the control word.
     pub gate: OpenTo,
+    /// No replay contains anything before this ring position: another control word.
+    pub proven_to: u64,
+    /// Gaps that nobody has to wait for any more: whatever they changed is on the disk, and no record
+    /// that is older than such a change is left in the log. `None`: not one of them.
+    pub gaps_settled: Option<[u64; gap::COUNT]>,
+    /// Calls that wait for a proof.
+    pub proofs_wanted: u64,
+    /// How many calls waited for what.
+    pub waits: Waits,
+    /// The gate's rule with a fault.
+    pub rule: Rule,
     /// Changes noticed and not captured, by reason; and how many are acknowledged.
     pub gaps: [u64; gap::COUNT],
     /// See [`Kernel::gaps`].
@@ -105,8 +121,6 @@ pub struct Kernel {
     last_generation: u32,
     /// Tells what happens, if anybody listens.
     pub told: Option<String>,
-    /// Gates are ignored (a fault).
-    pub gate_removed: bool,
 }
 
 /// What an agent leaves for the next one.
@@ -152,6 +166,11 @@ impl Kernel {
             attached: false,
             ring: Ring::new(ring_bytes),
             gate: OpenTo::of_word(0),
+            proven_to: 0,
+            gaps_settled: None,
+            proofs_wanted: 0,
+            waits: Waits::default(),
+            rule: Rule::default(),
             gaps: [0; gap::COUNT],
             gaps_seen: [0; gap::COUNT],
             uncaptured: Vec::new(),
@@ -159,7 +178,6 @@ impl Kernel {
             generations: BTreeMap::new(),
             last_generation: generation,
             told: None,
-            gate_removed: false,
         }
     }
 
@@ -289,41 +307,6 @@ impl Kernel {
         true
     }
 
-    /// An fsync-class call begins.
-    pub fn begin_sync(&mut self, thread: usize, scope: Scope, under: &mut Under<'_>) {
-        let origin = |who: Identity| self.live.inodes.get(&who).map_or(who, |n| n.origin);
-        let (inode, blocks, datasync, scope) = match scope {
-            Scope::Volume => (None, None, false, Scope::Volume),
-            Scope::Full(inode) => (Some(inode), None, false, Scope::Full(origin(inode))),
-            Scope::Data(inode) => (Some(inode), None, true, Scope::Data(origin(inode))),
-            Scope::Range(inode, first, end) => {
-                let range = Scope::Range(origin(inode), first, end);
-                (Some(inode), Some((first, end)), true, range)
-            }
-        };
-        // What has no name is gone after a crash; and fdatasync need not make a later name durable.
-        let nameless = |inode: Identity| {
-            let node = self.live.inodes.get(&inode);
-            node.is_none_or(|n| n.links == 0 || datasync && n.born > n.size_at)
-        };
-        let promise = if inode.is_some_and(nameless) {
-            Promise::new()
-        } else {
-            under.history.promise(scope)
-        };
-        if self.told.is_some() {
-            self.told = Some(format!("thread {thread}: enters a sync of {scope:?}"));
-        }
-        self.calls[thread] = Call::Entered(Sync {
-            inode,
-            blocks,
-            datasync,
-            entry: self.ring.producer(),
-            need: 0,
-            promise,
-        });
-    }
-
     /// One step of a thread's call.
     pub fn step(&mut self, thread: usize, random: &mut Random, under: &mut Under<'_>) {
         let call = std::mem::replace(&mut self.calls[thread], Call::Idle);
@@ -334,24 +317,21 @@ impl Kernel {
             Call::Entered(sync) => self.sync_data(sync, under),
             Call::WrittenBack(sync) => Self::sync_journal(sync, random, under),
             Call::Durable(sync) => self.mark(sync),
-            Call::Marked(sync, at) => {
+            Call::Marked(sync, at, wait) => {
                 if let Some(at) = at {
                     self.ring.commit(at);
                 }
-                // What was not captured waits until the epoch is closed.
-                let end = at.map_or(u64::MAX - 1, |at| at + MARK_BYTES);
-                Call::Gated(sync.promise, end)
+                Call::Gated(sync.promise, wait)
             }
-            Call::Gated(promise, at) => {
-                // Without programs there is no mark, no gate, and no region to revert anything.
-                if !self.attached || self.gate.admits(RingPos(at)) || self.gate_removed {
+            Call::Gated(promise, wait) => {
+                if self.passes(wait) {
                     if self.told.is_some() {
                         self.told = Some(format!("thread {thread}: is answered"));
                     }
                     under.history.confirm(&promise);
                     Call::Idle
                 } else {
-                    Call::Gated(promise, at)
+                    Call::Gated(promise, wait)
                 }
             }
         };
@@ -414,70 +394,6 @@ impl Kernel {
         };
         self.begin_sync(thread, Scope::Range(inode, first, end), under);
         std::mem::replace(&mut self.calls[thread], Call::Idle)
-    }
-
-    fn sync_data(&mut self, mut sync: Sync, under: &mut Under<'_>) -> Call {
-        if under.disk.fails() {
-            return Call::Idle;
-        }
-        let inside = |dirty: &(Identity, usize)| {
-            sync.inode.is_none_or(|inode| dirty.0 == inode)
-                && sync
-                    .blocks
-                    .is_none_or(|(first, end)| (first..end).contains(&dirty.1))
-        };
-        self.write_back(inside, under.disk);
-        sync.need = match sync.inode {
-            None => *under.version,
-            Some(inode) if sync.datasync => self.live.inodes.get(&inode).map_or(0, |n| n.size_at),
-            Some(inode) => under.disk.last_touch(inode),
-        };
-        Call::WrittenBack(sync)
-    }
-
-    fn sync_journal(sync: Sync, random: &mut Random, under: &mut Under<'_>) -> Call {
-        if under.disk.fails() {
-            return Call::Idle;
-        }
-        let to = if random.chance(50) {
-            sync.need
-        } else {
-            random.between(sync.need, *under.version)
-        };
-        under.disk.commit(to);
-        under.disk.flush();
-        Call::Durable(sync)
-    }
-
-    fn mark(&mut self, sync: Sync) -> Call {
-        if !self.attached {
-            return Call::Gated(sync.promise, 0);
-        }
-        let inode = sync.inode.unwrap_or(Identity {
-            ino: 0,
-            generation: 0,
-        });
-        let unlinked = self.live.inodes.get(&inode).is_none_or(|n| n.links == 0);
-        let (first, last) = match sync.blocks {
-            Some((first, end)) => ((first * BLOCK_BYTES) as u64, (end * BLOCK_BYTES) as u64 - 1),
-            None => (0, i64::MAX as u64),
-        };
-        let flags = if sync.datasync { flag::DATASYNC } else { 0 }
-            | if unlinked { flag::UNLINKED } else { 0 };
-        let header = RecordHeader {
-            pos: first,
-            size_after: last,
-            arg: sync.entry,
-            flags,
-            ..self.header(op::FSYNC, inode)
-        };
-        let mut record = Vec::new();
-        encode::push(&mut record, header, b"");
-        let at = self.ring.reserve(&record);
-        if at.is_none() {
-            self.note_gap(gap::RING_FULL);
-        }
-        Call::Marked(sync, at)
     }
 
     /// A store through a shared mapping: noticed only when the page is first dirtied.

@@ -9,6 +9,7 @@
 pub mod applications;
 pub mod disk;
 pub mod fault;
+pub mod gating;
 pub mod history;
 pub mod image;
 pub mod keeper;

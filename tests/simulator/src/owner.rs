@@ -84,6 +84,12 @@ struct Pump {
     gaps_at_start: [u64; gap::COUNT],
     gaps_at_checkpoint: [u64; gap::COUNT],
     gaps_proven: [u64; gap::COUNT],
+    /// Those of the checkpoint proven before.
+    gaps_proven_before: Option<[u64; gap::COUNT]>,
+    /// Calls that asked for a proof when the last checkpoint began.
+    proofs_at_checkpoint: u64,
+    /// The same, read before the last records were taken that are older than they.
+    proofs_whole: u64,
     /// Gaps, read before the last records were taken that are older than they.
     gaps_whole: [u64; gap::COUNT],
     /// The operations that these are about.
@@ -515,6 +521,7 @@ impl World {
         }
         let start = kernel.ring.cursor();
         kernel.gaps_seen = kernel.gaps;
+        (kernel.gaps_settled, kernel.proven_to) = (None, 0);
         let (lost, gaps) = (kernel.ring.drops, kernel.gaps);
         let left = Left {
             epoch: epoch.0,
@@ -561,6 +568,9 @@ impl World {
             gaps_at_start: left.gaps,
             gaps_at_checkpoint: left.gaps,
             gaps_proven: left.gaps,
+            gaps_proven_before: None,
+            proofs_at_checkpoint: 0,
+            proofs_whole: 0,
             gaps_whole: left.gaps,
             noticed: Vec::new(),
             covering: Vec::new(),

@@ -12,7 +12,7 @@ use crate::fault::{DriverFault, Fault};
 use crate::history::History;
 use crate::image::{Image, Version};
 use crate::keeper::Keeping;
-use crate::kernel::{Call, Kernel, THREADS, Under};
+use crate::kernel::{Call, Kernel, Rule, THREADS, Under, Waits};
 use crate::ledger::{Ledger, Mailbox, Table};
 use crate::random::Random;
 use crate::region::Region;
@@ -214,6 +214,8 @@ pub struct Counts {
     pub given_up: u64,
     /// Agents that went on with a running epoch.
     pub resumed: u64,
+    /// What fsync-class calls waited for.
+    pub waits: Waits,
 }
 
 impl Counts {
@@ -230,6 +232,7 @@ impl Counts {
         self.crashes += other.crashes;
         self.given_up += other.given_up;
         self.resumed += other.resumed;
+        self.waits.add(&other.waits);
     }
 }
 
@@ -402,6 +405,18 @@ impl World {
         self.boot(node);
     }
 
+    fn gate_rule(&self) -> Rule {
+        match self.fault {
+            Some(Fault::Driver(DriverFault::GateRemoved)) => Rule::NoGate,
+            Some(Fault::Driver(DriverFault::WritersIgnored)) => Rule::WritersIgnored,
+            Some(Fault::Driver(DriverFault::SyncTrustsLog)) => Rule::MirroredWillDo,
+            Some(Fault::Driver(DriverFault::SyncTrustsWholeLog)) => Rule::SyncTrustsWholeLog,
+            Some(Fault::Driver(DriverFault::MarkForNames)) => Rule::MarkForNames,
+            Some(Fault::Driver(DriverFault::FsyncTrustsLog)) => Rule::GapsIgnored,
+            _ => Rule::Whole,
+        }
+    }
+
     fn application(&mut self, node: usize) {
         let serving = self.machines[node]
             .kernel
@@ -411,14 +426,14 @@ impl World {
             return;
         }
         let taste = self.setting.taste;
-        let gate_removed = self.has(DriverFault::GateRemoved);
+        let rule = self.gate_rule();
         let listens = self.trace.is_some();
         let before = self.history.operations.len();
         let thread = self.dice.below(THREADS);
         let Some((kernel, mut under, dice)) = self.kernel_and_under(node) else {
             return;
         };
-        kernel.gate_removed = gate_removed;
+        kernel.rule = rule;
         kernel.told = listens.then(String::new);
         let gated = matches!(kernel.calls[thread], Call::Gated(..));
         if matches!(kernel.calls[thread], Call::Idle) {
@@ -429,8 +444,10 @@ impl World {
             kernel.step(thread, dice, &mut under);
         }
         let answered = gated && matches!(kernel.calls[thread], Call::Idle);
+        let waits = std::mem::take(&mut kernel.waits);
         let told = kernel.told.take().filter(|told| !told.is_empty());
         self.counts.confirmed += u64::from(answered);
+        self.counts.waits.add(&waits);
         self.counts.operations += (self.history.operations.len() - before) as u64;
         if let Some(told) = told {
             say!(self, "{}: {told}", name(node));
@@ -466,7 +483,7 @@ impl World {
     pub fn land_one(&mut self, node: usize, torn: Option<usize>) -> bool {
         let [a, b] = &mut self.machines;
         let (owner, mirror) = if node == 0 { (a, b) } else { (b, a) };
-        let Some(wire) = &mut owner.wire else {
+        let Some(wire) = owner.wire.as_mut().filter(|wire| !wire.broken) else {
             return false;
         };
         let Some(post) = wire.flying.iter_mut().find(|post| !post.landed) else {
@@ -725,6 +742,8 @@ impl World {
             image.inodes.retain(|_, inode| inode.links > 0);
             self.disk.mounted(image.clone());
             self.at_rest = image;
+            // Whoever mounts it next shows all of it; nobody was told that it is durable, though.
+            self.promised = None;
             say!(self, "{}: unmounts the volume", name(node));
         }
     }

@@ -58,9 +58,11 @@ impl World {
         let noticed = self.history.noticed();
         let kernel = self.kernel(node)?;
         let (gaps, producer) = (kernel.gaps, kernel.ring.producer());
+        let proofs = kernel.proofs_wanted;
         self.take_records(node, pump)?;
         if pump.core.captured_end().0 >= producer && !late {
             pump.gaps_whole = gaps;
+            pump.proofs_whole = proofs;
             pump.noticed = noticed;
             pump.whole_at = self.version;
         }
@@ -303,9 +305,22 @@ impl World {
         pump.gaps_proven = pump.gaps_at_checkpoint;
         pump.covered = pump.covers;
         self.history.settle_up_to(behind, &pump.covering);
-        self.kernel(node)?.gaps_seen = pump.gaps_proven;
+        let settled = pump.gaps_proven_before.replace(pump.gaps_proven);
+        let settled = if self.has(DriverFault::GapsSettledEarly) {
+            Some(pump.gaps_proven)
+        } else {
+            settled
+        };
+        let kernel = self.kernel(node)?;
+        kernel.gaps_seen = pump.gaps_proven;
+        kernel.proven_to = kernel.proven_to.max(behind);
+        // A page of a mapping that was noticed before this checkpoint began could be changed unseen until
+        // the checkpoint had written it, also after a newer record of it: the next one covers that.
+        if settled.is_some() {
+            kernel.gaps_settled = settled;
+        }
+        pump.begun |= kernel.gaps_settled.is_some();
         pump.gap_in_log = pump.gap_in_log.filter(|seq| *seq > proof.seq);
-        pump.begun = true;
         pump.core
             .checkpoint_mark(proof.seq, 0)
             .map_err(|error| error.to_string())?;
@@ -338,8 +353,11 @@ impl World {
         let rested = pump
             .gap_checkpoint_us
             .is_none_or(|at| self.now_us >= at + GAP_CHECKPOINT_EVERY_US);
-        if gaps != pump.gaps_proven && rested {
+        if kernel.gaps_settled != Some(gaps) && rested {
             pump.planner.want(CheckpointReason::Gap);
+        }
+        if kernel.proofs_wanted != pump.proofs_at_checkpoint {
+            pump.planner.want(CheckpointReason::Requested);
         }
         let Some(reason) = pump
             .planner
@@ -353,6 +371,7 @@ impl World {
             pump.whole_at = self.version;
         }
         pump.gaps_at_checkpoint = pump.gaps_whole;
+        pump.proofs_at_checkpoint = pump.proofs_whole;
         pump.covering.clone_from(&pump.noticed);
         pump.covers = pump.whole_at;
         if reason == CheckpointReason::Gap {
