@@ -5,11 +5,10 @@ use twinwrite::record::gap;
 
 use crate::history::Scope;
 use crate::image::{Mutation, Name, OWN, Place, ROOT};
-use crate::kernel::{How, Kernel, MAX_BLOCKS, Under};
+use crate::kernel::{How, Kernel, Under};
 use crate::random::Random;
 
 const DIRECTORIES_MAX: usize = 3;
-const FILES_MAX: usize = 6;
 
 /// How often what happens, in this run.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +25,10 @@ pub struct Taste {
     pub names: usize,
     /// Of 100 calls, stores through mappings.
     pub stores: usize,
+    /// Most files.
+    pub files: usize,
+    /// Most blocks of a file.
+    pub blocks: usize,
 }
 
 /// Starts a call on an idle thread; nothing if the dice chose something impossible.
@@ -39,9 +42,9 @@ pub fn begin(
     let dice = random.below(100);
     let files = files(kernel);
     if dice < taste.syncs {
-        sync(kernel, thread, &files, random, under);
+        sync(kernel, thread, &files, (taste, random), under);
     } else if dice < taste.syncs + taste.names {
-        if let Some(mutation) = names(kernel, &files, random) {
+        if let Some(mutation) = names(kernel, &files, (taste, random)) {
             let how = How {
                 bytes_in_ring: true,
                 gap: random.chance(taste.gaps).then_some(gap::UNREADABLE),
@@ -51,7 +54,7 @@ pub fn begin(
         }
     } else if dice < taste.syncs + taste.names + taste.stores {
         if let Some(file) = random.pick(&files) {
-            kernel.store(file, random.below(MAX_BLOCKS), under);
+            kernel.store(file, random.below(taste.blocks), under);
         }
     } else {
         content(kernel, thread, &files, (taste, random), under);
@@ -79,7 +82,7 @@ fn sync(
     kernel: &mut Kernel,
     thread: usize,
     files: &[Identity],
-    random: &mut Random,
+    (taste, random): (&Taste, &mut Random),
     under: &mut Under<'_>,
 ) {
     let scope = match random.below(10) {
@@ -93,7 +96,7 @@ fn sync(
             (Some(file), 3..=5) => Scope::Full(file),
             (Some(file), 6..=7) => Scope::Data(file),
             (Some(file), _) => {
-                let first = random.below(MAX_BLOCKS);
+                let first = random.below(taste.blocks);
                 Scope::Range(file, first, first + 1 + random.below(2))
             }
         },
@@ -123,7 +126,7 @@ fn content(
     let mutation = match random.below(12) {
         0 => Mutation::Truncate {
             inode,
-            size: random.below(MAX_BLOCKS),
+            size: random.below(taste.blocks),
         },
         1 => Mutation::Chown {
             inode,
@@ -134,8 +137,8 @@ fn content(
             mode: 0o400 + next as u32 % 0o300,
         },
         _ => {
-            let first = random.below(MAX_BLOCKS - 1).min(size + 1);
-            let count = 1 + random.below((MAX_BLOCKS - first).min(3));
+            let first = random.below(taste.blocks - 1).min(size + 1);
+            let count = 1 + random.below((taste.blocks - first).min(3));
             Mutation::Write {
                 inode,
                 first,
@@ -167,12 +170,16 @@ fn bound(kernel: &Kernel) -> Vec<(Place, Identity)> {
     all
 }
 
-fn names(kernel: &mut Kernel, files: &[Identity], random: &mut Random) -> Option<Mutation> {
+fn names(
+    kernel: &mut Kernel,
+    files: &[Identity],
+    (taste, random): (&Taste, &mut Random),
+) -> Option<Mutation> {
     let place = (random.pick(&directories(kernel))?, name(random));
     let there = kernel.live.lookup(place.0, &place.1);
     let node = |kernel: &Kernel, who: Identity| kernel.live.inodes.get(&who).cloned();
     match random.below(20) {
-        0..=5 if there.is_none() && files.len() < FILES_MAX => Some(Mutation::Create {
+        0..=5 if there.is_none() && files.len() < taste.files => Some(Mutation::Create {
             inode: kernel.allocate(),
             directory: false,
             mode: 0o644,
@@ -186,7 +193,7 @@ fn names(kernel: &mut Kernel, files: &[Identity], random: &mut Random) -> Option
                 place: Some(place),
             })
         }
-        8 if files.len() < FILES_MAX => Some(Mutation::Create {
+        8 if files.len() < taste.files => Some(Mutation::Create {
             inode: kernel.allocate(),
             directory: false,
             mode: 0o600,

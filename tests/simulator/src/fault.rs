@@ -2,9 +2,14 @@
 
 use twinwrite::faults::Fault as CoreFault;
 
-/// Faults of cores that no run can show: memory is never damaged here, and after a boot the ledger
-/// carries a node's word over before the fault's place asks whose boot it is of.
-const UNSEEN: &[CoreFault] = &[CoreFault::PublishedIgnored, CoreFault::RebootedServes];
+/// Faults of cores that no run can show: memory is never damaged here, after a boot the ledger
+/// carries a node's word over before the fault's place asks whose boot it is of, and no write-back loses
+/// pages silently.
+const UNSEEN: &[CoreFault] = &[
+    CoreFault::PublishedIgnored,
+    CoreFault::RebootedServes,
+    CoreFault::TaintIgnored,
+];
 
 /// A fault of a driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

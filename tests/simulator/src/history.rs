@@ -387,11 +387,12 @@ impl History {
                 // What should be there was deleted ahead; what took its place may be elsewhere.
                 let (there, at) = before.get(&child);
                 let gone = there == 0 && at > version && after.get(&child).0 == 0;
-                // Something after the cut had moved it to a name that the log gives to another one; where
-                // it was before the log does not say, so it is kept aside.
+                // Something after the cut had moved it, and its old name to a directory that the log puts
+                // elsewhere: it is where it was moved to.
                 let moved = before.get(register).1 > version
                     && after.get(register).0 == 0
-                    && (after.recovered.contains(&child) || after.get(&child).0 == 1);
+                    && after.get(&child).0 == 1
+                    && !after.recovered.contains(&child);
                 // Its making was not captured: no log brings it back.
                 let unknown = self.least(&child, cut, base).0.0 == 0 && after.get(&child).0 == 0;
                 value != 0 && (gone || moved || unknown && after.get(register).0 == 0)

@@ -185,6 +185,8 @@ pub struct Inode {
     pub directory: bool,
     /// Link count.
     pub links: u32,
+    /// The mutation that made it.
+    pub made: Version,
     /// The mutation that gave it its first name.
     pub born: Version,
     /// Permission bits.
@@ -237,6 +239,7 @@ fn inode(origin: Identity, directory: bool, mode: u32, at: Version) -> Inode {
         origin,
         directory,
         links: 0,
+        made: at,
         born: at,
         mode: Set::by(mode, at),
         uid: Set::by(0, at),
@@ -273,6 +276,7 @@ impl Image {
             directory
                 .entries
                 .insert(place.1.clone(), Set::by(child, at));
+            directory.mtime_ns = Set::by(at as i64, at);
         }
     }
 

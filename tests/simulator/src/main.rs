@@ -1,5 +1,7 @@
 //! `twinwrite-sim`: see `--help`.
 
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,6 +35,9 @@ struct Arguments {
     /// Inject each fault in turn; each must be found.
     #[arg(long)]
     faults: bool,
+    /// With `--faults`: write the table into this page, between its two marks.
+    #[arg(long, value_name = "PAGE")]
+    write: Option<PathBuf>,
     /// Threads, each with runs of its own.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -192,13 +197,33 @@ fn explain(seed: u64, arguments: &Arguments, fault: Option<Fault>) {
 }
 
 /// Seeds within which a fault must be found, unless `--seeds` says more.
-const FAULT_SEEDS: u64 = 20_000;
+const FAULT_SEEDS: u64 = 200_000;
+/// Before and behind the table in a page.
+const MARKS: [&str; 2] = [
+    "<!-- written by `cargo xtask sim --faults --write PAGE` -->\n",
+    "<!-- end of what was written -->",
+];
+
+/// Writes the table into a page.
+fn write_table(page: &Path, rows: &str) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(page)?;
+    let [begin, end] = MARKS;
+    let parts = text.split_once(begin);
+    let parts = parts.and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+    let Some((before, after)) = parts else {
+        anyhow::bail!("{} has not both marks: {begin}{end}", page.display());
+    };
+    let head = "\n| fault | seeds needed | breaks guarantee |\n|---|---|---|\n";
+    std::fs::write(page, format!("{before}{begin}{head}{rows}\n{end}{after}"))?;
+    Ok(())
+}
 
 fn all_faults(arguments: &Arguments) -> ExitCode {
     let mut table = Table::new();
     table.set_header(["fault", "seeds needed", "guarantee", "what"]);
     let seeds = arguments.seeds.max(FAULT_SEEDS);
     let mut missed = Vec::new();
+    let mut rows = String::new();
     for fault in Fault::all() {
         let name = fault.name();
         let (found, _) = search(arguments, Some(fault), arguments.seed, seeds);
@@ -211,6 +236,8 @@ fn all_faults(arguments: &Arguments) -> ExitCode {
         let needed = seed - arguments.seed + 1;
         eprintln!("{name}: {needed}");
         let outcome = Plan::of_seed(seed, arguments.steps).run(Some(fault), false);
+        let told = outcome.violation.as_ref().map_or("", |(_, v)| v.guarantee);
+        let _ = writeln!(rows, "| {name} | {needed} | {told} |");
         let (guarantee, mut what) = outcome
             .violation
             .map_or_else(Default::default, |(_, v)| (v.guarantee.to_owned(), v.what));
@@ -218,6 +245,12 @@ fn all_faults(arguments: &Arguments) -> ExitCode {
         table.add_row([name, needed.to_string(), guarantee, what]);
     }
     println!("{table}");
+    if let Some(page) = &arguments.write
+        && let Err(error) = write_table(page, &rows)
+    {
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
+    }
     if missed.is_empty() {
         return ExitCode::SUCCESS;
     }

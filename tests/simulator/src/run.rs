@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::applications::Taste;
 use crate::fault::Fault;
+use crate::kernel::MAX_BLOCKS;
 use crate::random::Random;
 use crate::step::{Step, steps};
 use crate::world::{Counts, Setting, Violation, World};
@@ -42,9 +43,11 @@ impl Plan {
             syncs: 8 + sometimes(50, 22),
             names: 10 + sometimes(60, 25),
             stores: sometimes(30, 8),
+            files: 6 - sometimes(30, 4),
+            blocks: MAX_BLOCKS - sometimes(30, 4),
         };
         let setting = Setting {
-            log_bytes: [8, 12, 16, 32][random.below(4)] * 1024,
+            log_bytes: [1, 2, 4, 8, 12, 16, 32][random.below(7)] * 1024,
             ring_bytes: [1, 4, 16][random.below(3)] * 1024
                 + 1024 * u64::from(random.chance(80)) * 8,
             lag_limit_us: [2_000, 500_000, 3_000_000][random.below(3)],

@@ -318,7 +318,9 @@ impl Driver<'_> {
             return;
         };
         if matches!(judgement, Judgement::LossUnknown { .. }) {
-            if !self.world.has_lost(&promised) && !self.world.half_merged {
+            // A person who calls the mirror dead gives up what it saved.
+            let is_given_up = !self.world.machines[1 - promised.node].up;
+            if !self.world.has_lost(&promised) && !self.world.half_merged && !is_given_up {
                 self.world.violate(
                     "2, whole up to the cut",
                     format!(

@@ -86,6 +86,7 @@ impl Volume for Mounted<'_> {
             gid: 0,
             size: node.size_bytes(),
             mtime_ns: node.mtime_ns.value,
+            born_ns: Some(node.made as i64),
         }))
     }
 

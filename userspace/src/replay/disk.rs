@@ -12,8 +12,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, Dir, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps,
-    UTIME_OMIT, Uid, XattrFlags,
+    AtFlags, Dir, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, StatxFlags, Timespec,
+    Timestamps, UTIME_OMIT, Uid, XattrFlags,
 };
 
 use super::plan::Kind;
@@ -202,7 +202,11 @@ impl Volume for Disk {
         let Some(fd) = self.find(inode, libc::O_PATH | libc::O_NOFOLLOW)? else {
             return Ok(None);
         };
-        let s = rustix::fs::fstat(&fd).map_err(failed(|| format!("stat inode {inode}")))?;
+        let what = || format!("stat inode {inode}");
+        let s = rustix::fs::fstat(&fd).map_err(failed(what))?;
+        let (flags, mask) = (AtFlags::EMPTY_PATH, StatxFlags::BTIME);
+        let x = rustix::fs::statx(&fd, c"", flags, mask).map_err(failed(what))?;
+        let is_born = StatxFlags::from_bits_retain(x.stx_mask).contains(StatxFlags::BTIME);
         Ok(Some(Stat {
             mode: s.st_mode,
             links: u32::try_from(s.st_nlink).unwrap_or(u32::MAX),
@@ -210,6 +214,7 @@ impl Volume for Disk {
             gid: s.st_gid,
             size: u64::try_from(s.st_size).unwrap_or(0),
             mtime_ns: join_ns(s.st_mtime, i64::try_from(s.st_mtime_nsec).unwrap_or(0)),
+            born_ns: is_born.then(|| join_ns(x.stx_btime.tv_sec, x.stx_btime.tv_nsec.into())),
         }))
     }
 

@@ -13,7 +13,7 @@ use super::plan::{Inode, Kind, Origin, Plan, Told};
 use super::{LogItem, ReplayInput};
 use crate::faults::{Fault, injected};
 use crate::ids::{Identity, RingPos, Seq};
-use crate::record::{RecordHeader, flag, op};
+use crate::record::{NameBody, RecordHeader, flag, op};
 
 const FORMAT_MASK: u32 = 0o170_000;
 const FORMAT_DIRECTORY: u32 = 0o040_000;
@@ -38,9 +38,10 @@ where
             skipped: 0,
             gaps: BTreeMap::new(),
             names: BTreeMap::new(),
+            named_ns: BTreeMap::new(),
+            nameless: BTreeSet::new(),
             inodes: BTreeMap::new(),
         },
-        nameless: BTreeSet::new(),
         ring_pos: RingPos(0),
     };
     for item in input.items {
@@ -57,9 +58,6 @@ where
 
 struct Gather<'a> {
     plan: Plan<'a>,
-    /// `O_TMPFILE` inodes that have no name yet: no checkpoint makes them durable, because a crash
-    /// removes what has no name.
-    nameless: BTreeSet<Identity>,
     ring_pos: RingPos,
 }
 
@@ -77,14 +75,15 @@ impl<'a> Gather<'a> {
         Ok(())
     }
 
-    /// A record that the sentinel covers: durable, unless it is about an inode without a name.
+    /// A record that the sentinel covers: durable, unless it is about an inode without a name, which no
+    /// checkpoint makes durable, because a crash removes it.
     fn durable(&mut self, item: &LogItem<'a>) -> Result<(), ReplayError> {
         self.plan.skipped += 1;
         let identity = item.record.identity();
         match item.record.header.op {
             op::TMPFILE => self.record(item),
-            op::WRITE | op::SETATTR if self.nameless.contains(&identity) => self.record(item),
-            op::LINK if self.nameless.remove(&identity) => {
+            op::WRITE | op::SETATTR if self.plan.nameless.contains(&identity) => self.record(item),
+            op::LINK if self.plan.nameless.remove(&identity) => {
                 self.plan.inodes.remove(&identity);
                 Ok(())
             }
@@ -98,11 +97,17 @@ impl<'a> Gather<'a> {
             op::WRITE => self.write(item)?,
             op::CREATE | op::SYMLINK => {
                 self.create(item);
-                self.bind(record.parent(), record.name(), Some(record.identity()));
+                let time_ns = record.names().parent_time_ns;
+                self.bind(
+                    record.parent(),
+                    record.name(),
+                    Some(record.identity()),
+                    time_ns,
+                );
             }
             op::TMPFILE => {
                 self.create(item);
-                self.nameless.insert(record.identity());
+                self.plan.nameless.insert(record.identity());
             }
             op::LINK => self.link(item),
             op::UNLINK => self.unlink(item),
@@ -130,12 +135,18 @@ impl<'a> Gather<'a> {
             .or_insert_with(Inode::unknown)
     }
 
-    fn bind(&mut self, directory: Identity, name: &'a [u8], child: Option<Identity>) {
+    /// `time_ns`: the directory's modification time, which this set; 0 if it is not known.
+    fn bind(&mut self, directory: Identity, name: &'a [u8], child: Option<Identity>, time_ns: i64) {
         self.inode(directory);
         if let Some(child) = child {
             self.inode(child);
         }
         self.plan.names.insert((directory, name), child);
+        if time_ns == 0 {
+            self.plan.named_ns.remove(&(directory, name));
+        } else {
+            self.plan.named_ns.insert((directory, name), time_ns);
+        }
     }
 
     fn write(&mut self, item: &LogItem<'a>) -> Result<(), ReplayError> {
@@ -209,7 +220,7 @@ impl<'a> Gather<'a> {
         let names = record.names();
         let identity = record.identity();
         let from_tmpfile = record.header.flags & flag::FROM_TMPFILE != 0;
-        self.nameless.remove(&identity);
+        self.plan.nameless.remove(&identity);
         let inode = self.inode(identity);
         inode.links = Some(names.nlink);
         inode.dead = false;
@@ -220,7 +231,12 @@ impl<'a> Gather<'a> {
                 inode.origin = Origin::LinkedOnly;
             }
         }
-        self.bind(record.parent(), record.name(), Some(identity));
+        self.bind(
+            record.parent(),
+            record.name(),
+            Some(identity),
+            names.parent_time_ns,
+        );
         self.tell_directory(record.parent(), names.parent_time_ns, item.ring_pos);
     }
 
@@ -229,7 +245,7 @@ impl<'a> Gather<'a> {
         let names = record.names();
         let is_directory = record.header.mode & FORMAT_MASK == FORMAT_DIRECTORY;
         self.links_left(record.identity(), names.nlink, is_directory);
-        self.bind(record.parent(), record.name(), None);
+        self.bind(record.parent(), record.name(), None, names.parent_time_ns);
         self.tell_directory(record.parent(), names.parent_time_ns, item.ring_pos);
     }
 
@@ -239,8 +255,8 @@ impl<'a> Gather<'a> {
         let child = record.identity();
         if record.victim() == Some(child) {
             // Two names of one inode: the kernel answers "done" and changes nothing. Both are bound.
-            self.bind(record.parent(), record.name(), Some(child));
-            self.bind(record.new_parent(), record.name2(), Some(child));
+            self.bind(record.parent(), record.name(), Some(child), 0);
+            self.bind(record.new_parent(), record.name2(), Some(child), 0);
             return;
         }
         if let Some(victim) = record.victim() {
@@ -249,8 +265,9 @@ impl<'a> Gather<'a> {
             self.links_left(victim, names.victim_nlink, is_directory);
         }
         self.moved(item);
-        self.bind(record.parent(), record.name(), None);
-        self.bind(record.new_parent(), record.name2(), Some(child));
+        let (from_ns, to_ns) = times_of_both(&names);
+        self.bind(record.parent(), record.name(), None, from_ns);
+        self.bind(record.new_parent(), record.name2(), Some(child), to_ns);
         self.tell_directory(record.parent(), names.parent_time_ns, item.ring_pos);
         self.tell_directory(record.new_parent(), names.new_parent_time_ns, item.ring_pos);
     }
@@ -262,8 +279,9 @@ impl<'a> Gather<'a> {
         self.moved(item);
         if let Some(other) = record.victim() {
             self.inode(other);
-            self.bind(record.parent(), record.name(), Some(other));
-            self.bind(record.new_parent(), record.name2(), Some(child));
+            let (from_ns, to_ns) = times_of_both(&names);
+            self.bind(record.parent(), record.name(), Some(other), from_ns);
+            self.bind(record.new_parent(), record.name2(), Some(child), to_ns);
         }
         self.tell_directory(record.parent(), names.parent_time_ns, item.ring_pos);
         self.tell_directory(record.new_parent(), names.new_parent_time_ns, item.ring_pos);
@@ -352,7 +370,7 @@ impl<'a> Gather<'a> {
     }
 
     fn finish(mut self) -> Result<Plan<'a>, ReplayError> {
-        for identity in &self.nameless {
+        for identity in &self.plan.nameless {
             self.plan.inodes.remove(identity);
         }
         for ((directory, name), child) in &self.plan.names {
@@ -412,6 +430,15 @@ impl<'a> Gather<'a> {
         }
         Ok(())
     }
+}
+
+/// The modification times of a rename's directories; one time may stand for both.
+fn times_of_both(names: &NameBody) -> (i64, i64) {
+    let (from, to) = (names.parent_time_ns, names.new_parent_time_ns);
+    (
+        if from == 0 { to } else { from },
+        if to == 0 { from } else { to },
+    )
 }
 
 fn told<T>(value: T, at: RingPos) -> Told<T> {

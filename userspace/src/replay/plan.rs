@@ -4,7 +4,7 @@
 //! lead. Identity decides everything; a name is only a place where an identity is finally bound.
 //! Pure. It must never read a disk, and never copy payload.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::extents::{Extents, Source};
@@ -124,6 +124,10 @@ pub struct Plan<'a> {
     pub gaps: BTreeMap<u64, u64>,
     /// The last binding of every name the log mentions.
     pub names: BTreeMap<Place<'a>, Option<Identity>>,
+    /// When a name got its last binding, as far as its record tells: nanoseconds since 1970.
+    pub named_ns: BTreeMap<Place<'a>, i64>,
+    /// Inodes that had no name yet at the cut (`O_TMPFILE`), as far as the log knows.
+    pub nameless: BTreeSet<Identity>,
     /// Every inode the log mentions.
     pub inodes: BTreeMap<Identity, Inode<'a>>,
 }

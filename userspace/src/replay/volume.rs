@@ -59,6 +59,8 @@ pub struct Stat {
     pub size: u64,
     /// Modification time, nanoseconds since 1970.
     pub mtime_ns: i64,
+    /// When it was made, nanoseconds since 1970; `None`: the file system does not tell.
+    pub born_ns: Option<i64>,
 }
 
 impl Stat {

@@ -72,6 +72,10 @@ impl Kernel {
 
     pub(super) fn name_record(&self, out: &mut Vec<u8>, mutation: &Mutation, from_tmpfile: bool) {
         let links = |who: Identity| self.live.inodes.get(&who).map_or(0, |n| n.links);
+        let mtime_ns = |who: Identity| {
+            let node = self.live.inodes.get(&who);
+            node.map_or(0, |n| n.mtime_ns.value)
+        };
         let head = |operation: u8, who: Identity, parent: Option<Identity>| {
             let node = self.live.inodes.get(&who);
             let header = RecordHeader {
@@ -82,6 +86,7 @@ impl Kernel {
             let names = NameBody {
                 uid: node.map_or(0, |n| n.uid.value),
                 nlink: links(who),
+                parent_time_ns: parent.map_or(0, mtime_ns),
                 ..NameBody::default()
             };
             (header, names)
@@ -89,6 +94,7 @@ impl Kernel {
         let to_new = |names: NameBody, to: Identity, victim: Option<Identity>| NameBody {
             new_parent_ino: to.ino,
             new_parent_generation: to.generation,
+            new_parent_time_ns: mtime_ns(to),
             victim_ino: victim.map_or(0, |v| v.ino),
             victim_generation: victim.map_or(0, |v| v.generation),
             victim_nlink: victim.map_or(0, links),

@@ -9,6 +9,8 @@ use crate::region::scan::{LogEnd, Tail};
 
 /// Kept free by all but the frame that ends an abandoned fill, so that a full log cannot lock itself.
 const RESERVE_BYTES: u64 = 4096;
+/// The same for logs smaller than any that a product has.
+const RESERVE_BYTES_MIN: u64 = 128;
 
 /// A place where the log may begin: what a head slot says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +107,11 @@ impl Space {
 
     /// Where a frame with this body can go when the log ends at `end`.
     pub(super) fn place(&self, end: Lsn, body_len: u64, use_reserve: bool) -> Place {
-        let reserve = if use_reserve { 0 } else { RESERVE_BYTES };
+        let reserve = if use_reserve {
+            0
+        } else {
+            (self.log_bytes / 8).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES)
+        };
         let taken = if injected(Fault::SpaceReusedBeforeHead) {
             end.0 - self.target.lsn.0
         } else {

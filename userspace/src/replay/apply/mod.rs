@@ -7,6 +7,7 @@
 //!
 //! It must never destroy what the log does not prove dead: such things go to `.twinwrite/recovered`.
 
+mod ahead;
 mod content;
 mod names;
 mod resolve;
@@ -152,8 +153,12 @@ struct Apply<'p, 'a, V> {
     found: BTreeMap<Identity, Found>,
     /// The other way round, for what is on the disk.
     planned: BTreeMap<Identity, Identity>,
-    /// Final names of each inode of the log.
+    /// Final names of each inode of the log, but for those in `left`.
     places: BTreeMap<Identity, Vec<Place<'a>>>,
+    /// Names that something after the cut has given away: they stay as the disk has them.
+    left: BTreeSet<Place<'a>>,
+    /// What was kept aside before this run began.
+    aside: Vec<Vec<u8>>,
     /// Modification times that directories had before replay touched them.
     touched: BTreeMap<Identity, i64>,
     written: BTreeSet<Identity>,
@@ -226,6 +231,7 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
             // What the volume's root passes on, or what an interrupted run left, would keep others out.
             volume.pass_on_project(directory, None)?;
         }
+        let aside = volume.list(recovered)?;
         let outcome = Outcome {
             last: plan.last,
             records: plan.records,
@@ -243,6 +249,8 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
             found: BTreeMap::new(),
             planned: BTreeMap::new(),
             places: plan.places(),
+            left: BTreeSet::new(),
+            aside,
             touched,
             written: BTreeSet::new(),
         })

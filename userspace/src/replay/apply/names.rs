@@ -10,6 +10,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
     /// Makes every name of the plan so.
     pub(super) fn names(&mut self) -> Step<()> {
         self.tell(Stage::Names, 0, 4);
+        self.leave_what_came_later()?;
         self.stage_survivors()?;
         self.tell(Stage::Names, 1, 4);
         self.unbind()?;
@@ -82,7 +83,9 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
     fn unbind(&mut self) -> Step<()> {
         let plan = self.plan;
         for ((directory, name), child) in &plan.names {
-            if injected(Fault::UnbindOmitted) && child.is_none() {
+            if injected(Fault::UnbindOmitted) && child.is_none()
+                || self.left.contains(&(*directory, *name))
+            {
                 continue;
             }
             let Some(disk_directory) = self.on_disk(*directory) else {
@@ -225,11 +228,14 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             if !stat.is_directory() && stat.links > 1 {
                 self.volume.unlink(self.staging, &name)?;
             } else {
-                self.outcome.warnings.push(format!(
-                    "{} was left in {} by an earlier replay",
-                    name.escape_ascii(),
-                    STAGING.escape_ascii()
-                ));
+                let (what, staging) = (name.escape_ascii(), STAGING.escape_ascii());
+                self.outcome
+                    .warnings
+                    .push(if self.planned.contains_key(&there) {
+                        format!("{what} is kept aside: something after the cut had taken its place")
+                    } else {
+                        format!("{what} was left in {staging} by an earlier replay")
+                    });
                 self.recover(self.staging, &name, there)?;
             }
         }

@@ -158,6 +158,15 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 return Ok(Some(made));
             }
         }
+        // Its place was taken by something that stays: see `ahead`.
+        let aside: Vec<Vec<u8>> = self.aside.clone();
+        for name in aside.iter().filter(|name| name.ends_with(&staged)) {
+            if let Some(made) = self.volume.lookup(self.recovered, name)?
+                && self.volume.stamp(made)? == Some(wanted)
+            {
+                return Ok(Some(made));
+            }
+        }
         Ok(None)
     }
 

@@ -328,6 +328,7 @@ pub(super) fn read(mount: &Path) -> Model {
                 atime_ns: 0,
                 body,
                 stamp,
+                born_ns: stat.born_ns.unwrap_or(0),
             },
         );
     }

@@ -5,6 +5,7 @@
 //! `TWINWRITE_SEED` runs one of them. Tests on loop devices need root, and fail without it unless
 //! `TWINWRITE_NO_LOOP` is set.
 
+mod ahead;
 mod cases;
 mod choose;
 mod crash;

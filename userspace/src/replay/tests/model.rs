@@ -26,6 +26,7 @@ pub(super) struct Node {
     pub(super) atime_ns: i64,
     pub(super) body: Body,
     pub(super) stamp: Option<Stamp>,
+    pub(super) born_ns: i64,
 }
 
 impl Node {
@@ -75,6 +76,7 @@ impl Model {
             atime_ns: 1,
             body: Body::Directory(BTreeMap::new()),
             stamp: None,
+            born_ns: 1,
         };
         let mut model = Self {
             nodes: BTreeMap::from([(root, node)]),
@@ -139,6 +141,7 @@ impl Model {
             atime_ns: self.now_ns,
             body,
             stamp: None,
+            born_ns: self.now_ns,
         };
         self.nodes.insert(identity, node);
         self.generations.insert(identity.ino, identity.generation);
@@ -268,6 +271,7 @@ impl Volume for Model {
                 gid: node.gid,
                 size: node.size(),
                 mtime_ns: node.mtime_ns,
+                born_ns: Some(node.born_ns),
             }))
     }
 

@@ -111,6 +111,17 @@ impl Oracle<'_> {
         }
     }
 
+    /// Something older than the cut had been moved to this name after it.
+    fn was_moved_there(&self, directory: Identity, name: &Name) -> bool {
+        let there = |model: &Model| {
+            let node = model.nodes.get(&directory)?;
+            node.is_directory()
+                .then(|| model.entries(directory).get(name).copied())?
+        };
+        let now = there(self.got);
+        now.is_some_and(|inode| there(self.before) == now && self.want.reachable().contains(&inode))
+    }
+
     fn deleted_ahead(&self, inode: Identity) -> bool {
         self.touched.removed.contains(&inode) && !self.can_be_made.contains(&inode)
     }
@@ -131,6 +142,7 @@ impl Oracle<'_> {
             let path = format!("{path}/{}", name.escape_ascii());
             let place = (want, name.clone());
             let free = self.deleted_ahead(child)
+                || self.was_moved_there(got, &name)
                 || self.touched.names.contains(&place) && !self.mentioned.contains(&place);
             match got_entries.remove(&name) {
                 None if free => {}
@@ -144,7 +156,9 @@ impl Oracle<'_> {
         }
         for (name, there) in got_entries {
             let place = (want, name.clone());
-            if !self.touched.names.contains(&place) || self.mentioned.contains(&place) {
+            let touched = self.touched.names.contains(&place);
+            let moved = touched && self.was_moved_there(got, &name);
+            if !moved && (!touched || self.mentioned.contains(&place)) {
                 let name = name.escape_ascii();
                 return Err(format!("{path}/{name} ({there}) should not be there"));
             }

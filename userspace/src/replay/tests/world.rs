@@ -572,6 +572,9 @@ pub(super) fn adopt(model: &mut Model, event: &Event) {
         if let Some(node) = model.nodes.get_mut(inode) {
             (node.mode, node.uid, node.gid) = (*mode, *uid, *gid);
             (node.mtime_ns, node.atime_ns) = (*mtime_ns, *atime_ns);
+            if event.made == Some(*inode) {
+                node.born_ns = *mtime_ns;
+            }
         }
     }
 }
