@@ -53,7 +53,10 @@ pub fn begin(
             kernel.begin_change(thread, &mutation, how, under);
         }
     } else if dice < taste.syncs + taste.names + taste.stores {
-        if let Some(file) = random.pick(&files) {
+        let known = random.pick(&kernel.mapped_pages());
+        if let Some((file, index)) = known.filter(|_| random.chance(60)) {
+            kernel.store(file, index, under);
+        } else if let Some(file) = random.pick(&files) {
             kernel.store(file, random.below(taste.blocks), under);
         }
     } else {
@@ -85,6 +88,12 @@ fn sync(
     (taste, random): (&Taste, &mut Random),
     under: &mut Under<'_>,
 ) {
+    // Another process saw what somebody is changing just then.
+    let seen = random.chance(15).then(|| random.pick(&kernel.locked()));
+    if let Some(Some(inode)) = seen {
+        kernel.begin_sync(thread, Scope::Full(inode), under);
+        return;
+    }
     let scope = match random.below(10) {
         0 => Scope::Volume,
         1..=2 => match random.pick(&directories(kernel)) {
@@ -111,7 +120,13 @@ fn content(
     (taste, random): (&Taste, &mut Random),
     under: &mut Under<'_>,
 ) {
-    let Some(inode) = random.pick(files) else {
+    // What is stored to is written to as well.
+    let mapped = random.pick(&kernel.mapped_pages());
+    let mapped = mapped.filter(|_| random.chance(40));
+    let Some(inode) = mapped
+        .map(|(inode, _)| inode)
+        .or_else(|| random.pick(files))
+    else {
         return;
     };
     let size = kernel.live.inodes.get(&inode).map_or(0, |n| n.blocks.len());
@@ -135,6 +150,12 @@ fn content(
         2 => Mutation::Chmod {
             inode,
             mode: 0o400 + next as u32 % 0o300,
+        },
+        _ if mapped.is_some() => Mutation::Write {
+            inode,
+            first: mapped.map_or(0, |(_, index)| index),
+            blocks: vec![next as u32],
+            stamped: true,
         },
         _ => {
             let first = random.below(taste.blocks - 1).min(size + 1);

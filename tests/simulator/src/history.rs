@@ -299,6 +299,12 @@ impl History {
         {
             return Ok(());
         }
+        // It was deleted after all that, on the disk too; what is made anew is as at the cut.
+        let (there, deleted_at) = before.get(&Register::Exists(register.inode()));
+        let remade = there == 0 && deleted_at > version;
+        if remade && shown == self.at_cut(register, cut, base).0 {
+            return Ok(());
+        }
         // What the disk had of a later operation may stay.
         let (on_disk, on_disk_at) = before.get(register);
         if shown == on_disk && on_disk_at > version || self.may_be_merged(register, shown, version)
@@ -333,6 +339,20 @@ impl History {
     fn is_nameless(&self, register: &Register, cut: Option<u64>, base: &Shown) -> bool {
         let exists = Register::Exists(register.inode());
         *register != exists && self.least(&exists, cut, base).0.0 == 0
+    }
+
+    /// Its value at the cut, whatever was confirmed since.
+    fn at_cut(&self, register: &Register, cut: Option<u64>, base: &Shown) -> (u64, Version) {
+        let track = self.tracks.get(register);
+        let merged = |entry: &&Entry| {
+            let captured = self.operations[entry.operation].captured;
+            captured.zip(cut).is_some_and(|(at, cut)| at < cut)
+        };
+        let last = track.and_then(|track| track.entries.iter().rfind(merged));
+        last.map_or_else(
+            || base.get(register),
+            |entry| (entry.value, self.operations[entry.operation].at),
+        )
     }
 
     /// The earliest value that a register may show, with its operation, and whether it is confirmed.

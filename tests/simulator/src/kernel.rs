@@ -261,6 +261,16 @@ impl Kernel {
     pub fn is_locked(&self, inode: Identity) -> bool {
         self.locks.contains(&inode)
     }
+    /// The inodes that somebody is changing.
+    pub fn locked(&self) -> Vec<Identity> {
+        self.locks.iter().copied().collect()
+    }
+
+    /// The pages that can be stored to without anybody noticing.
+    pub fn mapped_pages(&self) -> Vec<(Identity, usize)> {
+        self.mapped.iter().copied().collect()
+    }
+
     /// A call that changes something begins: locks, page cache, and the oracle's books.
     pub fn begin_change(
         &mut self,

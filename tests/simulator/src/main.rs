@@ -230,6 +230,7 @@ fn all_faults(arguments: &Arguments) -> ExitCode {
         let Some(seed) = found else {
             eprintln!("{name}: not found by {seeds} seeds");
             table.add_row([name.as_str(), "not found", "", ""]);
+            let _ = writeln!(rows, "| {name} | not found by {seeds} | |");
             missed.push(name);
             continue;
         };

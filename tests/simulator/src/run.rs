@@ -42,7 +42,7 @@ impl Plan {
             gaps: sometimes(25, 4),
             syncs: 8 + sometimes(50, 22),
             names: 10 + sometimes(60, 25),
-            stores: sometimes(30, 8),
+            stores: sometimes(30, 8) + sometimes(15, 20),
             files: 6 - sometimes(30, 4),
             blocks: MAX_BLOCKS - sometimes(30, 4),
         };

@@ -5,7 +5,7 @@ use twinwrite_simulator::run::Plan;
 use twinwrite_simulator::world::Counts;
 
 /// Seeds that are enough for them.
-const SOON_SEEDS: u64 = 250;
+const SOON_SEEDS: u64 = 500;
 /// Steps of a run.
 const STEPS: usize = 300;
 /// Faults that few seeds find. `cargo xtask sim --faults` finds all.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ids::Seq;
 
 const STEPS: [&str; 9] = [
     "claim", "fence", "revoke", "save", "mount", "judge", "replay", "epoch", "serve",
