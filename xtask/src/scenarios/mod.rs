@@ -192,13 +192,13 @@ pub const ALL: &[Scenario] = &[
     ),
     scenario(
         "paused_owner",
-        300,
+        130,
         Alone(paused_owner::on_ext4),
-        "an owner that stands still 50 times never writes beside the one that took over",
+        "an owner that stands still again and again never writes beside the one that took over",
     ),
     scenario(
         "paused_owner_xfs",
-        300,
+        130,
         Alone(paused_owner::on_xfs),
         "the same on XFS",
     ),
@@ -221,6 +221,11 @@ pub const ALL: &[Scenario] = &[
         "what cannot work is refused in words that name it, with a status, and changes nothing",
     ),
 ];
+
+/// Whether the scenarios that can be short or long shall be long (`TWINWRITE_LONG=1`).
+fn is_long() -> bool {
+    std::env::var_os("TWINWRITE_LONG").is_some_and(|value| value == "1")
+}
 
 /// Gives `work` a lab of its own, named after the scenario, and ends it whatever happens; it also
 /// ends with this process.

@@ -16,9 +16,11 @@ use crate::progress;
 
 /// After which the other one takes over.
 const DEAD_AFTER: &str = "dead_after = \"3s\"";
-const PAUSES: u32 = 50;
+/// With `TWINWRITE_LONG=1`; the first ones of the same sequence otherwise.
+const PAUSES_LONG: u32 = 50;
+const PAUSES: u32 = 12;
 /// So many of them last for about as long as `dead_after`, or longer.
-const LONG_EVERY: u32 = 8;
+const LONG_EVERY: u32 = 4;
 
 pub(super) fn on_ext4() -> Result<()> {
     paused("paused_owner", Filesystem::Ext4)
@@ -53,7 +55,7 @@ fn paused(name: &str, filesystem: Filesystem) -> Result<()> {
             }
         }
         ensure!(
-            (2..pauses).contains(&taken_over),
+            (1..pauses).contains(&taken_over),
             "of {pauses} pauses {taken_over} ended in a takeover: the times do not try both"
         );
         progress::note(&format!(
@@ -67,6 +69,7 @@ fn paused(name: &str, filesystem: Filesystem) -> Result<()> {
 fn pauses() -> Result<u32> {
     match std::env::var("TWINWRITE_PAUSES") {
         Ok(number) => number.parse().context("TWINWRITE_PAUSES is no number"),
+        Err(_) if super::is_long() => Ok(PAUSES_LONG),
         Err(_) => Ok(PAUSES),
     }
 }

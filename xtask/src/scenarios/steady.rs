@@ -173,8 +173,7 @@ fn threads(lab: &Lab, node: NodeName) -> String {
 }
 
 pub(super) fn loaded_host(lab: &Lab) -> Result<()> {
-    let long = std::env::var_os("TWINWRITE_LONG").is_some_and(|value| value == "1");
-    let time = Duration::from_secs(if long { 300 } else { 60 });
+    let time = Duration::from_secs(if super::is_long() { 300 } else { 60 });
     let epochs_closed = metric(lab, A, "twinwrite_epochs_closed_total", "")?;
     let marks = NodeName::ALL.map(|node| log_mark(lab, node));
     let _load = [Busy::start()?, Busy::start()?];
