@@ -82,7 +82,7 @@ fn time(number: u32, seed: &mut u64) -> Duration {
         .wrapping_add(1_442_695_040_888_963_407);
     let part = *seed >> 33;
     let (least_ms, spread_ms) = if number.is_multiple_of(LONG_EVERY) {
-        (2_500, 3_000)
+        (2_500, 6_000)
     } else {
         (100, 1_500)
     };
