@@ -3,9 +3,9 @@
 //! A lock on a file, because the kernel gives it back when its holder dies, however it dies. It must
 //! never be released while this process still reads a ring.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -17,6 +17,7 @@ use crate::capture::escaped;
 /// Where all agents of a host look, whatever their configuration. Only root may write in `/run`; in
 /// `/run/lock` anybody could have put a link there that leads elsewhere.
 const LOCK_DIRECTORY: &str = "/run/twinwrite-locks";
+const OWNER_ONLY: u32 = 0o600;
 
 /// Why a volume cannot be had.
 #[derive(Debug, Error)]
@@ -70,7 +71,11 @@ impl VolumeLock {
             .create(true)
             .truncate(false)
             .custom_flags(libc::O_NOFOLLOW)
+            .mode(OWNER_ONLY)
             .open(&path)
+            .map_err(failed)?;
+        // Whoever may open it may lock it.
+        file.set_permissions(Permissions::from_mode(OWNER_ONLY))
             .map_err(failed)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut file) => {

@@ -5,10 +5,10 @@
 //! alone knows whether it may go on. The maps are pinned apart from the volumes' own and live until no
 //! volume has programs any more. They must never go away while somebody is held.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ const MAPS: [(&str, &str); 3] = [
 ];
 /// Beside the locks of the volumes; no volume's lock has a name with another ending.
 const LOCK: &str = "/run/twinwrite-locks/gate.host";
+const OWNER_ONLY: u32 = 0o600;
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
 /// After a takeover all volumes load their programs at once, each for as long as it takes to make its maps.
@@ -67,8 +68,12 @@ impl HostLock {
             .create(true)
             .truncate(false)
             .custom_flags(libc::O_NOFOLLOW)
+            .mode(OWNER_ONLY)
             .open(path)
             .map_err(system("opening the host's lock"))?;
+        // Whoever may open it may lock it, and nobody who is held would go on.
+        file.set_permissions(Permissions::from_mode(OWNER_ONLY))
+            .map_err(system("closing the host's lock to others"))?;
         Ok(Self(file))
     }
 
