@@ -49,7 +49,7 @@ globals! {
     SIGNAL_STOP_COUNT,
     FILES_TABLE, TABLE_MAX, TABLE_FILES,
     /// System call number and arguments at its exit.
-    REGS_NUMBER, REGS_FIRST, REGS_FOURTH,
+    REGS_NUMBER, REGS_FIRST, REGS_FOURTH, REGS_COMPAT_FIRST, REGS_COMPAT_SIXTH,
 }
 
 /// Reads a member through a pointer whose type the verifier knows: a plain load.

@@ -121,10 +121,12 @@ pub fn generation(control: Control) -> u64 {
     control.read(control::GATE_GENERATION)
 }
 
-/// Whether no change is unaccounted for that was noticed and not captured.
+/// Whether no change is unaccounted for that was noticed and not captured, nor may have gone unnoticed
+/// just now: the agent looks for skipped programs before it lets anything pass, and a position that
+/// was passed already is never looked at again.
 #[inline(always)]
 fn is_log_whole(control: Control) -> bool {
-    let mut differs = 0;
+    let mut differs = control.read(control::MAY_SKIP);
     let mut reason = 0;
     while reason < gap::NAMES.len() {
         differs |=
@@ -163,15 +165,27 @@ unsafe fn is_write_locked(inode: *const u8) -> bool {
     unsafe { member::<u64>(inode, &INODE_LOCK) & WRITER_LOCKED != 0 }
 }
 
-/// Makes the running call wait for its mark, or for less: see `held::position_to_wait_for`.
+/// Makes the running call wait for its mark, or for less: see `held::position_to_wait_for`. A mark keeps
+/// older records off bytes and attributes, and off no name: what a directory's would have to is proven.
 #[inline(always)]
-pub fn require(control: Control, generation: u64, before: Option<u64>, mark_end: Option<u64>) {
+pub fn require(
+    control: Control,
+    generation: u64,
+    before: Option<u64>,
+    mark_end: Option<u64>,
+    is_directory: bool,
+) {
     let is_whole = is_log_whole(control);
-    if before.is_none() || !is_whole {
+    let for_mark = before.is_none() || !is_whole;
+    if for_mark {
         control.increment(control::GATE_FOR_MARK);
     }
-    let position = held::position_to_wait_for(before, mark_end, is_whole);
-    let wait = Wait::until_mirrored(position, generation);
+    let wait = if for_mark && is_directory && mark_end.is_some() {
+        until_checkpoint(control, generation)
+    } else {
+        let position = held::position_to_wait_for(before, mark_end, is_whole);
+        Wait::until_mirrored(position, generation)
+    };
     // SAFETY: the current task is valid.
     if unsafe { member::<u32>(current(), &TASK_FLAGS) } & CANNOT_STOP != 0 {
         if wait.is_over(control) {
@@ -351,10 +365,21 @@ fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wa
     }
     let generation = generation(control);
     // SAFETY: the tracepoint's argument.
-    let (first, fourth): (u64, u64) =
-        unsafe { (member(regs, &REGS_FIRST), member(regs, &REGS_FOURTH)) };
+    let (first, range_flags): (u64, u64) = unsafe {
+        if compat {
+            // Two of the four arguments of `sync_file_range` take two registers each there.
+            (
+                member(regs, &REGS_COMPAT_FIRST),
+                member(regs, &REGS_COMPAT_SIXTH),
+            )
+        } else {
+            (member(regs, &REGS_FIRST), member(regs, &REGS_FOURTH))
+        }
+    };
+    // A volume is nobody's lock: a write whose bytes are in the page cache, and whose record is on its way,
+    // is confirmed with all the rest.
     if class == Class::SyncAll {
-        return Some(until_settled(control, generation, true));
+        return Some(until_checkpoint(control, generation));
     }
     let file = file_on_volume(first, class == Class::SyncVolume)?;
     match class {
@@ -375,14 +400,14 @@ fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wa
             Some(Wait::until_mirrored(held::UNTIL_CLOSED, generation))
         }
         // It flushes no disk, so it confirms nothing that older records could take away.
-        Class::Range if fourth & RANGE_WAITS == 0 => None,
+        Class::Range if range_flags & RANGE_WAITS == 0 => None,
         Class::Range => Some(Wait::until_mirrored(producer_position(), generation)),
         Class::SyncFile => Some(until_settled(
             control,
             generation,
             is_quiet(control, file.inode),
         )),
-        _ => Some(until_settled(control, generation, true)),
+        _ => Some(until_checkpoint(control, generation)),
     }
 }
 
@@ -396,14 +421,20 @@ fn is_quiet(control: Control, inode: u64) -> bool {
 /// A call without a mark clips nothing: if the log lacks something, nothing older may be replayed.
 #[inline(always)]
 fn until_settled(control: Control, generation: u64, is_quiet: bool) -> Wait {
-    let position = producer_position();
     if is_quiet && is_log_whole(control) {
-        Wait::until_mirrored(position, generation)
+        Wait::until_mirrored(producer_position(), generation)
     } else {
-        // After the position was read: see the agent's side.
-        control.increment(control::PROOFS_WANTED);
-        Wait::until_proven(position, generation)
+        until_checkpoint(control, generation)
     }
+}
+
+/// Until nothing that was captured so far can be replayed.
+#[inline(always)]
+fn until_checkpoint(control: Control, generation: u64) -> Wait {
+    let position = producer_position();
+    // After the position was read: see the agent's side.
+    control.increment(control::PROOFS_WANTED);
+    Wait::until_proven(position, generation)
 }
 
 /// The end of every system call: where a thread waits.

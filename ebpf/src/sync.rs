@@ -18,6 +18,9 @@ use crate::config::*;
 use crate::emit::*;
 use crate::gate;
 
+const S_IFMT: u32 = 0o170_000;
+const S_IFDIR: u32 = 0o040_000;
+
 /// Which hook answers for the call a thread is in.
 mod road {
     /// The system call: its file is not known yet.
@@ -120,9 +123,10 @@ fn mark(control: Control, mut head: Head, call: &Call) {
     if control.read(control::WRITEBACK_ERRORS) != control.read(control::WRITEBACK_MENDED) {
         head.flags |= flag::TAINTED;
     }
+    let is_directory = head.mode & S_IFMT == S_IFDIR;
     let end = emit(control, head);
     let before = (call.seen_before != UNKNOWN).then_some(call.seen_before);
-    gate::require(control, generation, before, end);
+    gate::require(control, generation, before, end, is_directory);
 }
 
 #[inline(always)]

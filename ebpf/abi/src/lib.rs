@@ -214,6 +214,9 @@ pub mod control {
     pub const GATE_FOR_MARK: usize = 102;
     /// Programs: calls that wait for a checkpoint, see [`GATE_PROVEN_TO`].
     pub const PROOFS_WANTED: usize = 103;
+    /// Agent, before an epoch: not 0 where the kernel can skip a program without a trace in the ring, so
+    /// that only a mark, or a proof, tells that nothing before it was missed.
+    pub const MAY_SKIP: usize = 107;
     /// Agent: how many of each gap reason no call has to wait for any more: whatever they changed is
     /// on the disk, and no record that is older than such a change is left in the log.
     pub const GAPS_SETTLED: usize = 112;

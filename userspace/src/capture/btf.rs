@@ -90,6 +90,8 @@ const MEMBERS: &[Member] = &[
     ("REGS_NUMBER", "pt_regs", &["orig_ax"]),
     ("REGS_FIRST", "pt_regs", &["di"]),
     ("REGS_FOURTH", "pt_regs", &["r10"]),
+    ("REGS_COMPAT_FIRST", "pt_regs", &["bx"]),
+    ("REGS_COMPAT_SIXTH", "pt_regs", &["bp"]),
 ];
 
 /// As [`MEMBERS`], but a kernel may be built without them: their programs are then refused.
