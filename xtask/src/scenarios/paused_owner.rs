@@ -18,7 +18,7 @@ use crate::progress;
 const DEAD_AFTER: &str = "dead_after = \"3s\"";
 /// With `TWINWRITE_LONG=1`; the first ones of the same sequence otherwise.
 const PAUSES_LONG: u32 = 50;
-const PAUSES: u32 = 12;
+const PAUSES: u32 = 8;
 /// So many of them last for about as long as `dead_after`, or longer.
 const LONG_EVERY: u32 = 4;
 
