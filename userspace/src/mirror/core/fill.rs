@@ -64,6 +64,14 @@ impl UnsafeFills {
         }
     }
 
+    /// Forgets the fills of records behind `complete`, which did not arrive: they are read anew, and
+    /// an earlier record's fill may be noted before them.
+    pub(super) fn forget_behind(&mut self, complete: Seq) {
+        while self.0.back().is_some_and(|fill| fill.seq > complete) {
+            self.0.pop_back();
+        }
+    }
+
     /// Where the cut is if it is not at `mirrored`.
     pub(super) fn before(&self, mirrored: Seq) -> Option<RingPos> {
         let fill = self.0.front().filter(|fill| fill.seq <= mirrored)?;

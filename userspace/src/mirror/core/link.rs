@@ -105,6 +105,7 @@ impl MirrorCore {
         (self.published, self.publishing) = (None, false);
         (self.half_told, self.full, self.full_told) = (false, false, false);
         self.mark_posted = false;
+        self.unsafe_fills.forget_behind(tail.last_complete_seq());
         self.fill = tail.pending_fill.map(OpenFill::new);
         self.abandon_fill();
         let incomplete = u64::from(tail.pending_fill.is_some());
