@@ -19,7 +19,7 @@ use crate::ids::RingPos;
 use crate::mirror::gate::{Gate as Gates, OpenTo};
 
 /// Somebody who came to the gate after the pump's last look is found after this long.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The same while somebody is held, or was just now.
 const LOOK_OFTEN: Duration = Duration::from_millis(5);
 /// How long "just now" is: who fsyncs does it again.

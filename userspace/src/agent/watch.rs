@@ -1,5 +1,5 @@
 //! What may be taken away from under a running agent: the mount, its being writable, the pinned
-//! programs. Looked at once a second, whatever flows.
+//! programs. Looked at every few seconds, whatever flows.
 //!
 //! It must never block on the volume's disk: it asks the kernel only for what it has in memory.
 
@@ -14,7 +14,7 @@ use crate::capture::{Capture, to_kernel_device};
 use crate::config::Volume;
 
 /// How often.
-pub const EVERY: Duration = Duration::from_secs(1);
+pub const EVERY: Duration = Duration::from_secs(4);
 
 /// When was last looked.
 #[derive(Debug)]
