@@ -420,11 +420,19 @@ impl<'a> Pump<'a> {
         let longest = if self.filler.is_busy() {
             longest.min(FILL_LOOK)
         } else {
-            longest
+            longest.min(self.until_publishing().unwrap_or(longest))
         };
         self.woken_by_link = self.ring.sleep(longest)? == Woken::Extra;
         self.board.missed_wakeups.set(self.ring.missed_wakeups());
         Ok(())
+    }
+
+    /// How long what is mirrored may stay unpublished yet.
+    fn until_publishing(&self) -> Option<Duration> {
+        let at_us = self.link.as_ref().and(self.core.publish_at_us())?;
+        let left = Duration::from_micros(at_us.saturating_sub(self.clock.now_us()));
+        // A window that is full keeps it back: its completions wake.
+        Some(left.max(FILL_LOOK))
     }
 
     /// Makes the link's completions wake [`Self::sleep`].

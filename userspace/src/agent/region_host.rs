@@ -13,6 +13,7 @@ use thiserror::Error;
 use crate::config::Volume;
 use crate::ids::{Epoch, NodeId};
 use crate::link::{Endpoint, Exposed, LinkError, SharedMemory, Transport, WINDOW_POSTS};
+use crate::mirror::core::PUBLISH_BYTES;
 use crate::region::backing::{BackingError, RegionFile, RegionIdentity};
 use crate::region::layout::{
     FRAME_BODY_BYTES_MAX, LOG_OFFSET, RegionHeader, STATUS_OFFSET, region_state,
@@ -21,9 +22,10 @@ use crate::region::scan::{self, Scan, ScanError, Tail};
 
 /// Most bytes a frame takes in the log.
 const FRAME_STRIDE_MAX: u64 = FRAME_BODY_BYTES_MAX as u64 + 64;
-/// How far frames reach beyond what was published, at the most: two windows of frames, since the
-/// line that publishes one window travels behind it.
-const BEYOND_PUBLISHED_BYTES: u64 = 2 * (WINDOW_POSTS as u64 + 1) * FRAME_STRIDE_MAX;
+/// How far frames reach beyond what was published, all but always: what is not yet worth a line, and two
+/// windows of frames, since the line that publishes one window travels behind it.
+const BEYOND_PUBLISHED_BYTES: u64 =
+    PUBLISH_BYTES + 2 * (WINDOW_POSTS as u64 + 1) * FRAME_STRIDE_MAX;
 
 /// Why the region cannot be used.
 #[derive(Debug, Error)]

@@ -8,7 +8,8 @@
 //! - a scan of the peer's memory finds at least what was told as mirrored, at most what was captured;
 //! - ring space is released only after the frames that carry it (and its fill) have completed;
 //! - log space is reused only after the write of a head beyond it has completed;
-//! - the published `mirrored` line is never ahead of the memory, and never behind a published head.
+//! - the published `mirrored` line is never ahead of the memory, and never behind a published head;
+//!   it is behind what is mirrored by no more than [`PUBLISH_EVERY_US`] and [`PUBLISH_BYTES`].
 //!
 //! It must never read a clock, a ring or a socket, and never wait.
 
@@ -30,7 +31,7 @@ use crate::region::layout::{CheckpointMark, FRAME_BODY_BYTES_MAX, LOG_BYTES_MIN}
 use crate::region::scan::{LogEnd, Tail};
 use fill::{OpenFill, UnsafeFills};
 use post::InFlight;
-pub use post::{PostBody, PostKind};
+pub use post::{PUBLISH_BYTES, PUBLISH_EVERY_US, PostBody, PostKind};
 use space::Space;
 
 /// Unflushed batches captured within this time of each other are told as one, the older.
@@ -208,9 +209,12 @@ pub struct MirrorCore {
     mirrored_lsn: Lsn,
     /// What the `mirrored` line last posted says, and whether that post is in flight.
     published: Option<(Lsn, Seq)>,
+    published_us: u64,
     publishing: bool,
     purged: Seq,
     space: Space,
+    /// When the last head was posted.
+    head_us: u64,
     release: RingPos,
     released: RingPos,
     unsafe_fills: UnsafeFills,
@@ -289,7 +293,9 @@ impl MirrorCore {
             mirrored,
             mirrored_lsn: tail.end.lsn,
             published: None,
+            published_us: 0,
             publishing: false,
+            head_us: 0,
             purged,
             space: Space::new(tail),
             release: if tail.pending_fill.is_some() {

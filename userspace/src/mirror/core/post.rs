@@ -15,6 +15,13 @@ use crate::region::layout::{
 };
 use crate::region::scan::PendingFill;
 
+/// What is mirrored is published no later than this.
+pub const PUBLISH_EVERY_US: u64 = 20_000;
+/// Nor after more bytes than these, or an eighth of a small log.
+pub const PUBLISH_BYTES: u64 = 1 << 20;
+/// The head moves no more often than this while the log has room.
+const HEAD_EVERY_US: u64 = 100_000;
+
 /// The bytes behind a post's head.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PostBody {
@@ -161,6 +168,37 @@ impl MirrorCore {
         }
     }
 
+    fn is_behind(&self, now: (Lsn, Seq)) -> bool {
+        self.published != Some(now) && now.0 != Lsn(0)
+    }
+
+    /// Each line costs a post, so it waits for more to tell: not for long, not while many bytes could be
+    /// damaged without anybody's notice, and never while the head waits for it.
+    fn is_publishing_due(&self, now: Lsn) -> bool {
+        let Some((published, _)) = self.published else {
+            return true;
+        };
+        now.0.saturating_sub(published.0) >= PUBLISH_BYTES.min(self.space.log_bytes / 8)
+            || self.now_us - self.published_us >= PUBLISH_EVERY_US
+            || self.head_due().is_some_and(|head| head.lsn > published)
+    }
+
+    /// When the time has come to publish what is not published yet, on the clock of
+    /// [`MirrorCore::tick`]: the driver is to ask for the next action then.
+    #[must_use]
+    pub fn publish_at_us(&self) -> Option<u64> {
+        let behind = !self.publishing && self.is_behind((self.mirrored_lsn, self.mirrored));
+        behind.then_some(self.published_us + PUBLISH_EVERY_US)
+    }
+
+    /// The head that is to be written now. It frees space, of which there is plenty at first.
+    fn head_due(&self) -> Option<HeadPoint> {
+        let head = self.space.head_due()?;
+        let wanted = self.space.taken(self.end.lsn) >= self.space.log_bytes / 8
+            || self.now_us - self.head_us >= HEAD_EVERY_US;
+        wanted.then_some(head)
+    }
+
     /// Publishes how far the log has come; at most one such post is in flight.
     fn post_mirrored(&mut self) -> Option<Action> {
         let now = if injected(Fault::PublishedAheadOfMemory) {
@@ -168,10 +206,11 @@ impl MirrorCore {
         } else {
             (self.mirrored_lsn, self.mirrored)
         };
-        if self.publishing || self.published == Some(now) || now.0 == Lsn(0) {
+        if self.publishing || !self.is_behind(now) || !self.is_publishing_due(now.0) {
             return None;
         }
         self.published = Some(now);
+        self.published_us = self.now_us;
         self.publishing = true;
         let line = Mirrored {
             magic: MIRRORED_MAGIC,
@@ -197,7 +236,7 @@ impl MirrorCore {
 
     /// Moves the head; never beyond what was published before on the same link.
     fn post_head(&mut self) -> Option<Action> {
-        let head = self.space.head_due()?;
+        let head = self.head_due()?;
         self.published.filter(|(lsn, _)| *lsn >= head.lsn)?;
         let line = HeadSlot {
             magic: HEAD_MAGIC,
@@ -213,6 +252,7 @@ impl MirrorCore {
         .seal();
         let offset = HEAD_OFFSETS[usize::from(self.space.slot != 0)];
         self.space.head_posted(head.lsn);
+        self.head_us = self.now_us;
         let effect = Effect::Head { lsn: head.lsn };
         Some(self.post(
             offset,

@@ -431,11 +431,16 @@ impl World {
             while self.land() || self.complete() {
                 moved = true;
             }
-            if !moved {
-                if !self.core.is_region_full() {
-                    break;
-                }
+            if moved {
+                continue;
+            }
+            if self.core.is_region_full() {
                 self.purge(self.core.captured_seq());
+            } else if let Some(at_us) = self.core.publish_at_us() {
+                self.now_us = self.now_us.max(at_us);
+                self.core.tick(self.now_us, self.now_us as i64 * 1000);
+            } else {
+                break;
             }
         }
         assert_eq!(self.core.mirrored_seq(), self.core.captured_seq());
