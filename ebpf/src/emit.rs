@@ -87,6 +87,14 @@ impl Control {
         }
     }
 
+    /// Counts a record for which the consumer need not be woken: see [`emit_unhurried`].
+    #[inline(always)]
+    fn submit_flags_unhurried(self) -> u64 {
+        self.increment(control::UNHURRIED);
+        core::hint::black_box(self.increment(control::RECORDS));
+        BPF_RB_NO_WAKEUP
+    }
+
     /// How to submit a record: counts it, and only then looks whether the consumer sleeps. The
     /// consumer sets `ASLEEP` and only then looks for records, so one of the two sees the other.
     #[inline(always)]
@@ -254,6 +262,21 @@ pub fn emit<T: Copy>(control: Control, record: T) -> Option<u64> {
     // SAFETY: the reservation has room for one `T` and is 8-byte aligned.
     unsafe { place.write(record) };
     submit(control, place);
+    Some(end)
+}
+
+/// [`emit`] for a record that nobody waits for: it goes with the next one, or when the consumer looks the
+/// next time.
+#[inline(always)]
+pub fn emit_unhurried<T: Copy>(control: Control, record: T) -> Option<u64> {
+    let place = reserve::<T>(control)?;
+    let end = producer_position();
+    let flags = control.submit_flags_unhurried();
+    // SAFETY: the reservation has room for one `T` and is 8-byte aligned, and it is submitted once.
+    unsafe {
+        place.write(record);
+        bpf_ringbuf_submit(place.cast(), flags);
+    }
     Some(end)
 }
 

@@ -165,6 +165,13 @@ unsafe fn is_write_locked(inode: *const u8) -> bool {
     unsafe { member::<u64>(inode, &INODE_LOCK) & WRITER_LOCKED != 0 }
 }
 
+/// Whether a call that ends now may pass, whatever becomes of its mark.
+#[inline(always)]
+pub fn passes_without_mark(control: Control, generation: u64, before: Option<u64>) -> bool {
+    before.is_some_and(|before| Wait::until_mirrored(before, generation).is_over(control))
+        && is_log_whole(control)
+}
+
 /// Makes the running call wait for its mark, or for less: see `held::position_to_wait_for`. A mark keeps
 /// older records off bytes and attributes, and off no name: what a directory's would have to is proven.
 #[inline(always)]

@@ -124,8 +124,13 @@ fn mark(control: Control, mut head: Head, call: &Call) {
         head.flags |= flag::TAINTED;
     }
     let is_directory = head.mode & S_IFMT == S_IFDIR;
-    let end = emit(control, head);
     let before = (call.seen_before != UNKNOWN).then_some(call.seen_before);
+    // To wake the agent for it would cost more than the call has left to do.
+    let end = if gate::passes_without_mark(control, generation, before) {
+        emit_unhurried(control, head)
+    } else {
+        emit(control, head)
+    };
     gate::require(control, generation, before, end, is_directory);
 }
 

@@ -190,6 +190,8 @@ pub mod control {
     pub const CONTINUITY: usize = 64;
     /// Programs: threads that have noted a gap that is about to happen, and not again.
     pub const EARLY_NOTES: usize = 108;
+    /// Records for which a sleeping agent was not woken, because nobody waits for them.
+    pub const UNHURRIED: usize = 111;
     /// Programs: write-backs of the volume that failed.
     pub const WRITEBACK_ERRORS: usize = 104;
     /// Agent: how many of them it has seen.

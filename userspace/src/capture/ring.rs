@@ -289,10 +289,11 @@ impl RingConsumer {
         // Programs count a record (a full barrier) and then read ASLEEP: either they see it, or the
         // look below sees their reservation. A record still being written counts as one.
         fence(Ordering::SeqCst);
+        let unhurried = self.control.get(control::UNHURRIED);
         let woken = if self.has_news() {
             Ok(Woken::Records)
         } else {
-            self.wait(timeout)
+            self.wait(timeout, unhurried)
         };
         self.control.set(control::ASLEEP, 0);
         woken
@@ -302,7 +303,8 @@ impl RingConsumer {
         self.producer().0 != self.cursor
     }
 
-    fn wait(&mut self, timeout: Duration) -> Result<Woken, CaptureError> {
+    /// `unhurried`: how many records had come for which nobody is woken.
+    fn wait(&mut self, timeout: Duration, unhurried: u64) -> Result<Woken, CaptureError> {
         let limit = timeout.min(SAFETY_TIMEOUT);
         // Rounded up: a sleep of 0 ms would spin.
         let millis = limit.as_micros().div_ceil(1000);
@@ -321,7 +323,8 @@ impl RingConsumer {
             return Ok(Woken::Extra);
         }
         if self.has_news() {
-            if count == 0 && limit == SAFETY_TIMEOUT {
+            let is_due = self.control.get(control::UNHURRIED) == unhurried;
+            if count == 0 && limit == SAFETY_TIMEOUT && is_due {
                 self.missed_wakeups += 1;
             }
             return Ok(Woken::Records);
