@@ -246,6 +246,14 @@ impl Lab {
             other => bail!("the daemon answered {other:?}"),
         }
     }
+
+    /// From now on a flush of the shared disks takes at least this long. Only where they are served.
+    ///
+    /// # Errors
+    /// If they are not.
+    pub fn flush_takes(&self, flush_us: u64) -> Result<()> {
+        self.request(&Request::FlushTakes { flush_us }).map(drop)
+    }
 }
 
 /// Whether this uptime is impossible for a machine of this age; its clock may be a little off.

@@ -43,6 +43,11 @@ pub enum Request {
         /// What.
         command: String,
     },
+    /// From now on a flush of the served disks takes at least this long.
+    FlushTakes {
+        /// Microseconds.
+        flush_us: u64,
+    },
     /// How the machines are.
     Status,
     /// End all machines and the daemon.

@@ -15,7 +15,7 @@ use super::bench::{
 };
 use super::with_lab;
 use crate::lab::config::{MOUNT_POINT, VOLUME_DEVICE};
-use crate::lab::{AgentAction, AwaitedState, CrashKind, Lab, NodeName};
+use crate::lab::{AgentAction, AwaitedState, CrashKind, DiskKind, Lab, NodeName, Options};
 use crate::progress;
 
 use NodeName::{A, B};
@@ -35,8 +35,8 @@ const CONFIRMED: u64 = 2000;
 /// A command on a machine whose fsyncs all wait may take so much longer than on an idle one.
 const USABLE_WITHIN: Duration = Duration::from_secs(1);
 const PRICE_CALLS: u64 = 200;
-/// An fsync makes about three writes one after the other, so it takes some milliseconds.
-const SLOW_WRITES_PER_SECOND: u32 = 300;
+/// How long a flush takes. An fsync of ext4 makes two, one after the other.
+const FLUSHES_US: [u64; 4] = [0, 1000, 2000, 5000];
 /// Prints the states of the processes that fsync.
 const STATES: &str = "ps -o stat= -p $(pidof twinwrite-workload | tr ' ' ,)";
 
@@ -532,58 +532,55 @@ fn quickest(lab: &Lab) -> Result<Duration> {
     Ok(shortest)
 }
 
-/// Medians of an fsync of a 4-KiB write on the disk as it is, and on one that does so few writes a second.
-fn medians(block: &Block<'_>, from: u64) -> Result<[u64; 2]> {
-    let throttle = |writes: u32| -> Result<()> {
-        let command = format!("block_set_io_throttle volume 0 0 0 0 0 {writes}");
-        let said = block.lab.monitor(A, &command)?;
-        ensure!(said.is_empty(), "QEMU does not throttle the disk: {said}");
-        Ok(())
-    };
-    let measured = |from: u64| {
+/// Medians of an fsync of a 4-KiB write, microseconds, on disks whose flush takes each of [`FLUSHES_US`].
+fn medians(block: &Block<'_>, from: u64) -> Result<Vec<u64>> {
+    let mut medians = Vec::new();
+    for (flush_us, from) in FLUSHES_US.into_iter().zip((from..).step_by(1000)) {
+        block.lab.flush_takes(flush_us)?;
         // The first ones find other caches.
         block.write(from, 20, "")?;
-        number(&block.write(from + 20, PRICE_CALLS, "")?, "median_us")
-    };
-    let quick = measured(from)?;
-    throttle(SLOW_WRITES_PER_SECOND)?;
-    let slow = measured(from + 1000);
-    throttle(0)?;
-    Ok([quick, slow?])
+        medians.push(number(
+            &block.write(from + 20, PRICE_CALLS, "")?,
+            "median_us",
+        )?);
+    }
+    block.lab.flush_takes(0)?;
+    Ok(medians)
 }
 
-pub(super) fn price(lab: &Lab) -> Result<()> {
-    let block = Block::new(lab, "priced");
-    let mirrored = medians(&block, 1)?;
-    let outcomes = ["passed", "polled", "held"];
-    let mut counts = Vec::new();
-    for outcome in outcomes {
-        let count = metric(lab, A, "twinwrite_gate_calls_total", outcome)?;
-        counts.push(format!("{outcome} {count}"));
-    }
-    lab.agent(A, AgentAction::Stop)?;
-    let plain = lab
-        .run(
+pub(super) fn price() -> Result<()> {
+    let options = Options {
+        disks: DiskKind::Volatile,
+        ..options(&[], &[])
+    };
+    with_lab("gate_price", options, |lab| {
+        require_start(lab)?;
+        let block = Block::new(lab, "priced");
+        let mirrored = medians(&block, 1)?;
+        let mut counts = Vec::new();
+        for outcome in ["passed", "polled", "held"] {
+            let count = metric(lab, A, "twinwrite_gate_calls_total", outcome)?;
+            counts.push(format!("{outcome} {count}"));
+        }
+        lab.agent(A, AgentAction::Stop)?;
+        lab.run(
             A,
             &format!(
                 "twinwrite detach vol0 >/dev/null && \
                  {{ mountpoint --quiet {MOUNT_POINT} || mount {VOLUME_DEVICE} {MOUNT_POINT}; }}"
             ),
-        )
-        .and_then(|_| medians(&block, 10_000));
-    lab.agent(A, AgentAction::Start)?;
-    lab.wait(A, AwaitedState::Protected, LIMIT)?;
-    let slow = format!("on a disk of {SLOW_WRITES_PER_SECOND} writes a second");
-    for (disk, (with, without)) in ["on the disk as it is", &slow]
-        .into_iter()
-        .zip(mirrored.into_iter().zip(plain?))
-    {
-        progress::note(&format!(
-            "fsync of a 4-KiB write {disk}, median of {PRICE_CALLS}: {with} us mirrored, {without} us \
-             unprotected, ratio {:.2}",
-            with as f64 / without.max(1) as f64,
-        ));
-    }
-    progress::note(&format!("at the gate: {}", counts.join(", ")));
-    Ok(())
+        )?;
+        let plain = medians(&block, 10_000)?;
+        for (flush_us, (with, without)) in
+            FLUSHES_US.into_iter().zip(mirrored.into_iter().zip(plain))
+        {
+            let ratio = with as f64 / without.max(1) as f64;
+            progress::note(&format!(
+                "fsync of a 4-KiB write on a disk whose flush takes {flush_us} us more than none, median \
+                 of {PRICE_CALLS}: {with} us mirrored, {without} us unprotected, ratio {ratio:.2}",
+            ));
+        }
+        progress::note(&format!("at the gate: {}", counts.join(", ")));
+        Ok(())
+    })
 }

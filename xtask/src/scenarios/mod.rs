@@ -115,7 +115,7 @@ pub const ALL: &[Scenario] = &[
     scenario(
         "gate_price",
         60,
-        Shared(gate::price),
+        Alone(gate::price),
         "an fsync is answered with its mark mirrored; what that costs is printed",
     ),
     scenario(

@@ -91,6 +91,15 @@ fn answer(daemon: &Daemon, request: Request) -> Result<Reply> {
             );
             Ok(Reply::Said { text })
         }
+        Request::FlushTakes { flush_us } => {
+            let Some(disks) = &daemon.disks else {
+                bail!(
+                    "this lab's disks are not served: only those of `--disks volatile` can be slowed down"
+                );
+            };
+            disks.flush_takes(Duration::from_micros(flush_us));
+            Ok(done())
+        }
         Request::Status => {
             let machines = daemon
                 .machines()

@@ -11,8 +11,10 @@ mod wire;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -35,6 +37,8 @@ pub(super) struct Losses {
 pub(super) struct Disks {
     exports: BTreeMap<String, Export>,
     random: Mutex<Random>,
+    /// A flush takes at least so long.
+    flush_us: AtomicU64,
 }
 
 struct Export {
@@ -61,6 +65,7 @@ impl Disks {
         let disks = Arc::new(Self {
             exports,
             random: Mutex::new(Random::new(seed)),
+            flush_us: AtomicU64::new(0),
         });
         for node in NodeName::ALL {
             let path = Files::of(node).disks();
@@ -82,6 +87,12 @@ impl Disks {
         Ok(disks)
     }
 
+    /// From now on a flush takes at least this long, as that of a disk with moving parts or cheap flash.
+    pub(super) fn flush_takes(&self, time: Duration) {
+        let time_us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.flush_us.store(time_us, Ordering::Relaxed);
+    }
+
     fn converse(&self, node: NodeName, mut stream: UnixStream) -> Result<()> {
         let bytes_of = |name: &str| self.exports.get(name).map(|export| export.bytes);
         let Some(name) = wire::handshake(&mut stream, bytes_of)? else {
@@ -99,6 +110,9 @@ impl Disks {
                 return Ok(());
             }
             let mut read = Vec::new();
+            let flushed_at = (request.command == Command::Flush).then(|| {
+                Instant::now() + Duration::from_micros(self.flush_us.load(Ordering::Relaxed))
+            });
             let answer = match export.carry_out(node, run, request.command, &mut read) {
                 Ok(true) => Answer::Done(&read),
                 Ok(false) => Answer::NotUnderstood,
@@ -107,6 +121,10 @@ impl Disks {
                     Answer::Failed
                 }
             };
+            // The machine's other requests wait too, as they do behind one slow queue.
+            if let Some(at) = flushed_at {
+                thread::sleep(at.saturating_duration_since(Instant::now()));
+            }
             if wire::answer(&mut stream, request.cookie, &answer).is_err() {
                 return Ok(());
             }
