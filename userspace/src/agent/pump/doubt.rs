@@ -91,8 +91,14 @@ impl Pump<'_> {
 }
 
 impl Drop for Pump<'_> {
-    /// The closing checkpoint may have to write them again, whatever fails until then.
     fn drop(&mut self) {
+        // The closing checkpoint may have to write them again, whatever fails until then.
         self.doubt.left.set(self.live.unproven_bytes());
+        // A link that ends keeps its descriptor for a while, and would wake whoever sleeps on the ring.
+        if self.link.is_some()
+            && let Err(error) = self.ring.watch(None)
+        {
+            tracing::warn!(volume = %self.board.name, %error, "the link is still watched");
+        }
     }
 }

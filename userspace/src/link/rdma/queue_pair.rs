@@ -193,6 +193,14 @@ impl QueuePair {
         self.modify(wanted, set, "connect (ready to send)")
     }
 
+    /// Sends nothing more, and takes nothing more in; what is under way ends as an error.
+    pub(super) fn stop(&self) -> Result<(), LinkError> {
+        // SAFETY: all-zero is a valid value of this plain C structure.
+        let mut wanted: ibv_qp_attr = unsafe { zeroed() };
+        wanted.qp_state = ibv_qp_state::IBV_QPS_ERR;
+        self.modify(wanted, ibv_qp_attr_mask::IBV_QP_STATE, "stop")
+    }
+
     fn modify(
         &self,
         mut wanted: ibv_qp_attr,

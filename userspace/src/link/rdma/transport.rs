@@ -195,6 +195,22 @@ struct Sender {
     ring: Option<RingSource>,
 }
 
+impl Sender {
+    /// Sends nothing more from here on, and is taken down on a thread of its own: the kernel waits there
+    /// until nobody holds a packet any more, with soft-RoCE and a peer that stands still for up to 50 s.
+    /// Whoever has lost this link must tell of it before.
+    fn end(self) {
+        if let Err(error) = self.pair.stop() {
+            tracing::warn!(%error, "the link is taken down while it may still send");
+        }
+        let thread = std::thread::Builder::new().name("link-end".into());
+        // Without a thread it is taken down right here.
+        if let Err(error) = thread.spawn(move || drop(self)) {
+            tracing::warn!(%error, "no thread takes the link down");
+        }
+    }
+}
+
 #[derive(Debug)]
 struct RdmaOutgoing {
     sender: Sender,
@@ -211,7 +227,7 @@ impl Outgoing for RdmaOutgoing {
         let (remote, exposure) = read_endpoint(target)?;
         self.sender.pair.connect(&remote)?;
         Ok(Box::new(RdmaLink {
-            sender: self.sender,
+            sender: Some(self.sender),
             completions: self.completions,
             exposure,
             in_flight: VecDeque::with_capacity(WINDOW_POSTS),
@@ -225,7 +241,8 @@ impl Outgoing for RdmaOutgoing {
 /// A connected writer. Posts are numbered 0, 1, 2 ...; number modulo the window is the slab's slot.
 #[derive(Debug)]
 struct RdmaLink {
-    sender: Sender,
+    /// Until it is dropped.
+    sender: Option<Sender>,
     completions: Arc<CompletionQueue>,
     exposure: Exposure,
     in_flight: VecDeque<(u64, PostId)>,
@@ -248,8 +265,11 @@ impl RdmaLink {
     }
 
     /// Puts a post's bytes where the device finds them.
-    fn prepare(&self, post: &Post<'_>, slot: u64) -> Result<([Piece; 2], usize), LinkError> {
-        let sender = &self.sender;
+    fn prepare(
+        sender: &Sender,
+        post: &Post<'_>,
+        slot: u64,
+    ) -> Result<([Piece; 2], usize), LinkError> {
         let refused = |error: MemoryError| LinkError::Refused(error.to_string());
         let start = slot * SLOT_BYTES;
         sender.slab.write_at(start, post.head).map_err(refused)?;
@@ -307,13 +327,16 @@ impl Link for RdmaLink {
     fn post(&mut self, post: &Post<'_>) -> Result<(), LinkError> {
         self.check_alive()?;
         check_post(post, self.room(), self.exposure.bytes)?;
-        let (pieces, count) = self.prepare(post, self.posted % WINDOW_POSTS as u64)?;
+        let Some(sender) = &mut self.sender else {
+            return Err(LinkError::Broken("the link has ended".into()));
+        };
+        let (pieces, count) = Self::prepare(sender, post, self.posted % WINDOW_POSTS as u64)?;
         let target = Target {
             address: self.exposure.address + post.offset,
             key: self.exposure.key,
         };
         let pieces = pieces.get(..count).unwrap_or(&pieces);
-        if let Err(error) = self.sender.pair.post_write(self.posted, pieces, target) {
+        if let Err(error) = sender.pair.post_write(self.posted, pieces, target) {
             self.broken = Some(error.to_string());
             return Err(error);
         }
@@ -359,7 +382,16 @@ impl Link for RdmaLink {
     }
 
     fn zero_copy(&self) -> bool {
-        self.sender.ring_region.is_some()
+        let sender = self.sender.as_ref();
+        sender.is_some_and(|sender| sender.ring_region.is_some())
+    }
+}
+
+impl Drop for RdmaLink {
+    fn drop(&mut self) {
+        if let Some(sender) = self.sender.take() {
+            sender.end();
+        }
     }
 }
 
