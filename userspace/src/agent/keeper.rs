@@ -17,7 +17,7 @@ use crate::board::VolumeBoard;
 use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::control::{Request, Response};
-use crate::cluster::mailbox::AgentState;
+use crate::cluster::mailbox::{AgentState, NodeReport};
 use crate::cluster::mounts::{self, MountState};
 use crate::cluster::ownership::{
     Decision, Facts, LiveAnswer, decide, first_word, is_claimed_by_peer,
@@ -237,22 +237,29 @@ impl Keeper {
             if owned_by_peer && self.is_confirmed() {
                 return Next::TakeOver(Begin::Confirmed);
             }
-            let stopped = slot.is_some_and(|report| report.state == AgentState::Stopped);
-            self.show_as_mirror(theirs.as_ref(), stopped);
+            self.show_as_mirror(theirs.as_ref(), slot.as_ref());
             self.node.pause(LOOK_EVERY);
         }
         Next::Stop
     }
 
     /// As a mirror this node knows of the protection what its owner says.
-    fn show_as_mirror(&self, theirs: Option<&VolumeClaim>, stopped: bool) {
+    fn show_as_mirror(&self, theirs: Option<&VolumeClaim>, slot: Option<&NodeReport>) {
         let peer = &self.node.peer;
+        let stopped = slot.is_some_and(|report| report.state == AgentState::Stopped);
+        let restarts = slot.is_some_and(|report| !report.told.restart_within.is_zero());
         if stopped {
             let reason = format!(
                 "the agent on {peer} was stopped on purpose; power {peer} off and run \
                  `twinwrite takeover --confirm-dead {peer}` to take the volume over"
             );
             self.say(Role::Mirror, Protection::Alone, &reason);
+        } else if restarts {
+            let reason = format!(
+                "the agent on {peer} restarts: what is written there meanwhile is captured, and mirrored \
+                 once it is back"
+            );
+            self.say(Role::Mirror, Protection::Exposed, &reason);
         } else if theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open) {
             self.say(Role::Mirror, Protection::Protected, "");
         } else {

@@ -151,8 +151,13 @@ async fn run_on(config: Config, own: NodeId) -> anyhow::Result<()> {
         node.ledger.set_state(AgentState::Stopped)?;
     }
     node.ended.give();
+    let reason = if node.restarting() {
+        "it restarts: what is written meanwhile is captured, and mirrored once the next agent runs"
+    } else {
+        "it was told to"
+    };
     node.events.record(Event::AgentStopped {
-        reason: "it was told to".to_owned(),
+        reason: reason.to_owned(),
     });
     Ok(())
 }
