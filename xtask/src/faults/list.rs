@@ -25,7 +25,7 @@ const fn fault(
 
 use Ending::{Fenced, Healed, PowerCut, PowerCutLater};
 use Inject::{Host, Mirror, Owner};
-use Sign::{Says, SeenAs, Stays, Weakened};
+use Sign::{OwnerLast, Says, SeenAs, Stays, Weakened};
 
 /// What happens to the agents.
 pub(super) const AGENTS: &[Fault] = &[
@@ -97,7 +97,7 @@ pub(super) const AGENTS: &[Fault] = &[
         10,
         (
             Owner("twinwrite stop --restart-within 15s"),
-            Sign::Owner("agent_stopped"),
+            OwnerLast("agent_stopped", "restarts"),
             PowerCut,
             Undo::Nothing,
         ),

@@ -69,6 +69,9 @@ enum Sign {
     Says(&'static str),
     /// An event of this name on the owner, where the volume may stay `protected`.
     Owner(&'static str),
+    /// An event of this name on the owner, whose agent says nothing after it: what is shown then is what
+    /// the mirror shows, with a reason that holds these words.
+    OwnerLast(&'static str, &'static str),
     /// An event of this name on the mirror.
     Mirror(&'static str),
     /// The mirror sees the owner like this.
@@ -266,7 +269,7 @@ impl Fault {
             Sign::Says(words) => pair.await_event(begun, limit, words, |event| {
                 weakened(event) && event["reason"].as_str().is_some_and(|r| r.contains(words))
             })?,
-            Sign::Owner(name) | Sign::Mirror(name) => {
+            Sign::Owner(name) | Sign::OwnerLast(name, _) | Sign::Mirror(name) => {
                 pair.await_event(begun, limit, name, |event| event["event"] == name)?
             }
             Sign::SeenAs(state) => pair.await_event(begun, limit, state, |event| {
@@ -288,6 +291,13 @@ impl Fault {
                 if !reason.is_empty() {
                     seen.reason = reason;
                 }
+            }
+            Sign::OwnerLast(_, words) => {
+                let limit = limit.saturating_sub(Duration::from_millis(seen.after_ms.unwrap_or(0)));
+                bench::until(pair.lab, "the mirror tells of it, too", limit, || {
+                    (seen.state, seen.reason) = pair.shown(pair.mirror())?;
+                    Ok(seen.state != "protected" && seen.reason.contains(words))
+                })?;
             }
             Sign::Mirror(_) => seen.state = pair.shown(pair.mirror())?.0,
         }

@@ -9,7 +9,7 @@ use super::pair::{Moment, Pair, Seen};
 use super::{Course, Fault, Row};
 use crate::lab::config::{MOUNT_POINT, VOLUME};
 use crate::lab::{AgentAction, CrashKind, NodeName};
-use crate::scenarios::bench::{self, LIMIT};
+use crate::scenarios::bench::{self, LIMIT, number};
 
 const fn fault(
     name: &'static str,
@@ -266,10 +266,15 @@ fn both_off_mirror_first(pair: &mut Pair<'_>, fault: &Fault) -> Result<Row> {
 
 fn mirror_dies_in_replay(pair: &mut Pair<'_>, fault: &Fault) -> Result<Row> {
     /// So many that their replay can be hit in the middle.
-    const OPERATIONS: u64 = 5000;
-    let writer = pair.write_at(0)?;
+    const OPERATIONS: u64 = 4000;
+    /// Behind them some are confirmed by an `fsync`. A `syncfs` would leave nothing to replay.
+    const CONFIRMED: u64 = 200;
+    const PER_SECOND: u64 = 400;
+    let writer = pair.write_at(PER_SECOND, 2 * OPERATIONS)?;
     bench::until(pair.lab, "there is enough to replay", LIMIT, || {
-        Ok(writer.acknowledged() >= OPERATIONS)
+        let volume = bench::volume(pair.lab, pair.owner)?;
+        let held = number(&volume, "mirrored_seq")?.saturating_sub(number(&volume, "purged_seq")?);
+        Ok(writer.acknowledged() >= OPERATIONS + CONFIRMED && held >= OPERATIONS)
     })?;
     let lag = pair.lag();
     let survivor = pair.mirror();

@@ -243,12 +243,13 @@ impl<'a> Pair<'a> {
 
     /// Begins to write on the owner, and returns when it is well under way.
     pub(crate) fn write(&self) -> Result<Writer<'a>> {
-        self.write_at(PER_SECOND)
+        self.write_at(PER_SECOND, CONFIRM_EVERY)
     }
 
-    /// The same at another pace; 0 is as fast as it goes.
-    pub(crate) fn write_at(&self, per_second: u64) -> Result<Writer<'a>> {
-        let writer = Writer::start(self.lab, self.owner, per_second)?;
+    /// The same at another pace, and asking for durability less often. `syncfs` comes after every so many
+    /// operations, `fsync` in the second half of them.
+    pub(crate) fn write_at(&self, per_second: u64, confirm_every: u64) -> Result<Writer<'a>> {
+        let writer = Writer::start(self.lab, self.owner, per_second, confirm_every)?;
         bench::until(self.lab, "the writer is under way", LIMIT, || {
             Ok(writer.acknowledged() >= WARM_UP)
         })?;
@@ -310,7 +311,7 @@ pub(crate) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn start(lab: &'a Lab, node: NodeName, per_second: u64) -> Result<Self> {
+    fn start(lab: &'a Lab, node: NodeName, per_second: u64, confirm_every: u64) -> Result<Self> {
         let share = lab.share(node);
         for file in ["stream.log", "stream.confirmed", "stream.out"] {
             let _ = fs::remove_file(share.join(file));
@@ -322,7 +323,7 @@ impl<'a> Writer<'a> {
             node,
             &format!(
                 "setsid twinwrite-workload stream --root {MOUNT_POINT} --log /host/stream.log \
-                 --seed {seed} --operations-per-second {per_second} --confirm-every {CONFIRM_EVERY} \
+                 --seed {seed} --operations-per-second {per_second} --confirm-every {confirm_every} \
                  </dev/null >/host/stream.out 2>&1 & echo $! >/run/stream.pid"
             ),
         )?;
