@@ -230,8 +230,9 @@ impl Keeper {
                     .ledger
                     .claim(name)
                     .is_some_and(|c| c.owner == self.node.peer);
-            if owned_by_peer && self.node.peer_state() == PeerState::Dead {
-                return Next::TakeOver(Begin::Claim(Cause::OwnerDead));
+            let view = *lock(&self.node.peer_view);
+            if owned_by_peer && view.state == PeerState::Dead {
+                return Next::TakeOver(Begin::Claim(view.cause()));
             }
             // A node that stopped on purpose, and was powered off then, is never called dead here.
             if owned_by_peer && self.is_confirmed() {

@@ -18,6 +18,7 @@ use crate::board::Board;
 use crate::cluster::claim::BootId;
 use crate::cluster::control::{ControlClient, ControlError, Request, Response};
 use crate::cluster::questions::{Question, Questions};
+use crate::cluster::takeover::Cause;
 use crate::config::{Config, Volume};
 use crate::events::EventLog;
 use crate::ids::NodeId;
@@ -54,6 +55,15 @@ impl PeerView {
             PeerState::Dead => true,
             PeerState::Unknown => self.is_silent,
             PeerState::Alive | PeerState::LinkSilent | PeerState::MailboxSilent => false,
+        }
+    }
+
+    /// Why a dead peer's volumes are taken over.
+    pub const fn cause(&self) -> Cause {
+        if self.is_silent {
+            Cause::OwnerDead
+        } else {
+            Cause::OwnerLostVolumes
         }
     }
 }

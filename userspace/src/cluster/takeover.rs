@@ -472,7 +472,7 @@ impl Takeover {
         match self.cause {
             _ if self.confirmed => FencedBy::Person,
             Cause::OwnerRebooted => FencedBy::Reboot,
-            Cause::OwnerDead => FencedBy::Command,
+            Cause::OwnerDead | Cause::OwnerLostVolumes => FencedBy::Command,
         }
     }
 
@@ -501,14 +501,10 @@ impl Takeover {
         if std::mem::replace(&mut self.told_begin, true) {
             return;
         }
-        let reason = match self.cause {
-            Cause::OwnerDead => "it is silent on both paths",
-            Cause::OwnerRebooted => "it rebooted with its epoch open",
-        };
         driver.report(Event::TakeoverBegan {
             volume: self.volume.clone(),
             from: self.from.clone(),
-            reason: reason.to_owned(),
+            reason: self.cause.told().to_owned(),
         });
     }
 

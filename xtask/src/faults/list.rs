@@ -373,7 +373,7 @@ pub(super) const DISKS: &[Fault] = &[
         30,
         (
             Owner("dmsetup suspend --noflush --nolockfs lab-volume"),
-            Sign::Mirror("takeover_began"),
+            Sign::MirrorSays("takeover_began", "volume_io_limit"),
             Fenced,
             Undo::Nothing,
         ),

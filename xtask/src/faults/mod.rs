@@ -74,6 +74,8 @@ enum Sign {
     OwnerLast(&'static str, &'static str),
     /// An event of this name on the mirror.
     Mirror(&'static str),
+    /// The same, and its reason holds these words.
+    MirrorSays(&'static str, &'static str),
     /// The mirror sees the owner like this.
     SeenAs(&'static str),
     /// Nothing is weakened: it stays `protected` for so many seconds.
@@ -261,7 +263,9 @@ impl Fault {
             event["event"] == "protection_changed" && event["to"] != "protected"
         };
         let begun = match sign {
-            Sign::Mirror(_) | Sign::SeenAs(_) => pair.on_clock_of(begun, pair.mirror())?,
+            Sign::Mirror(_) | Sign::MirrorSays(..) | Sign::SeenAs(_) => {
+                pair.on_clock_of(begun, pair.mirror())?
+            }
             _ => begun,
         };
         let mut seen = match sign {
@@ -272,6 +276,10 @@ impl Fault {
             Sign::Owner(name) | Sign::OwnerLast(name, _) | Sign::Mirror(name) => {
                 pair.await_event(begun, limit, name, |event| event["event"] == name)?
             }
+            Sign::MirrorSays(name, words) => pair.await_event(begun, limit, words, |event| {
+                event["event"] == name
+                    && event["reason"].as_str().is_some_and(|r| r.contains(words))
+            })?,
             Sign::SeenAs(state) => pair.await_event(begun, limit, state, |event| {
                 event["event"] == "peer_changed" && event["to"] == state
             })?,
@@ -299,7 +307,7 @@ impl Fault {
                     Ok(seen.state != "protected" && seen.reason.contains(words))
                 })?;
             }
-            Sign::Mirror(_) => seen.state = pair.shown(pair.mirror())?.0,
+            Sign::Mirror(_) | Sign::MirrorSays(..) => seen.state = pair.shown(pair.mirror())?.0,
         }
         if !seen.event.is_empty() {
             let whose = if begun.node == pair.owner {

@@ -121,6 +121,19 @@ fn takeover(cause: Cause, has_fence: bool) -> Takeover {
 }
 
 #[tokio::test]
+async fn an_owner_that_is_heard_without_its_volumes_is_fenced_and_not_called_silent() {
+    let (mut driver, mut takeover) = (Fake::new(), takeover(Cause::OwnerLostVolumes, true));
+    assert_eq!(takeover.run(&mut driver).await, Progress::Serving);
+    assert_eq!(driver.fenced_by, Some(FencedBy::Command));
+    assert!(
+        matches!(&driver.events[0], Event::TakeoverBegan { reason, .. }
+            if reason.contains("volume_io_limit") && !reason.contains("silent")),
+        "{:?}",
+        driver.events[0]
+    );
+}
+
+#[tokio::test]
 async fn the_steps_run_in_their_order_and_are_timed() {
     let (mut driver, mut takeover) = (Fake::new(), takeover(Cause::OwnerDead, true));
     assert_eq!(takeover.run(&mut driver).await, Progress::Serving);

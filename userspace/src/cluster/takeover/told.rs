@@ -26,9 +26,25 @@ pub struct Stamp {
 pub enum Cause {
     /// The owner is silent on both paths.
     OwnerDead,
+    /// The owner is heard, and says that its volumes have not answered it for longer than
+    /// `volume_io_limit`, while they answer this node.
+    OwnerLostVolumes,
     /// The owner's machine rebooted with its epoch open; its new agent says so itself
     /// (`Phase::Unmerged`), has mounted nothing and will not: there is nothing to fence.
     OwnerRebooted,
+}
+
+impl Cause {
+    /// In words.
+    pub(super) const fn told(self) -> &'static str {
+        match self {
+            Self::OwnerDead => "it is silent on both paths",
+            Self::OwnerLostVolumes => {
+                "its volumes' disks have not answered it for longer than volume_io_limit, and they answer here"
+            }
+            Self::OwnerRebooted => "it rebooted with its epoch open",
+        }
+    }
 }
 
 /// By what the owner is known to be unable to write.
