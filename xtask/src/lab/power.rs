@@ -30,8 +30,9 @@ pub enum CrashKind {
     SysrqB,
 }
 
-/// What such a kernel says.
-const EMULATOR_OOPS: &str = "Oops: int3";
+/// What a kernel says that the emulator broke while it patched its own code: a breakpoint that it has
+/// already taken back, and a fault in what patches before there is any user space.
+const EMULATOR_OOPSES: [&str; 2] = ["Oops: int3", "RIP: 0010:text_poke_early+"];
 /// A machine is started so often at the most before it takes commands.
 const BOOTS_MAX: usize = 4;
 
@@ -120,15 +121,15 @@ impl Lab {
 
     /// Waits until a started machine takes commands. A machine that the emulator broke on its way up
     /// is started again, since that tells nothing of what is tested: emulated processors may run into
-    /// a breakpoint that the kernel has already taken back from its own code, which no real one does;
-    /// and on a busy host the kernel may take its processor's clock for many times slower than it is,
-    /// so that its seconds fly.
+    /// a breakpoint that the kernel has already taken back from its own code, or fault in the middle of
+    /// its being patched, which no real one does; and on a busy host the kernel may take its processor's
+    /// clock for many times slower than it is, so that its seconds fly.
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
                 Err(_) if self.broken_by_the_emulator(node)? => {
                     progress::note(&format!(
-                        "{node}'s kernel met {EMULATOR_OOPS}: booting again"
+                        "the emulator broke {node}'s kernel while that patched its code: booting again"
                     ));
                 }
                 Ok(()) if self.is_clock_too_fast(node)? => {
@@ -169,7 +170,7 @@ impl Lab {
     fn broken_by_the_emulator(&self, node: NodeName) -> Result<bool> {
         let console = fs::read(self.console_log(node)).unwrap_or_default();
         let text = String::from_utf8_lossy(&console);
-        Ok(self.machine(node)?.ended.is_some() && text.contains(EMULATOR_OOPS))
+        Ok(self.machine(node)?.ended.is_some() && is_the_emulators(&text))
     }
 
     fn wait_once(&self, node: NodeName) -> Result<()> {
@@ -256,6 +257,11 @@ impl Lab {
     }
 }
 
+/// Whether the console of a kernel that died on its way up tells that the emulator broke it.
+fn is_the_emulators(console: &str) -> bool {
+    EMULATOR_OOPSES.iter().any(|oops| console.contains(oops))
+}
+
 /// Whether this uptime is impossible for a machine of this age; its clock may be a little off.
 fn flies(up_s: f64, exists_ms: i64) -> bool {
     up_s * 1000.0 > exists_ms as f64 * 1.2 + 1000.0
@@ -283,7 +289,7 @@ fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64>
 
 #[cfg(test)]
 mod tests {
-    use super::{CrashKind, flies, judge};
+    use super::{CrashKind, flies, is_the_emulators, judge};
     use crate::lab::config::NodeName;
     use crate::lab::process::ProcessId;
     use crate::lab::protocol::{MachineEnd, MachineStatus};
@@ -295,6 +301,18 @@ mod tests {
         assert!(!flies(33.5, 33_000), "a clock may be a little off");
         assert!(flies(353.4, 24_000));
         assert!(flies(8.0, 4_000));
+    }
+
+    #[test]
+    fn only_a_kernel_that_died_patching_itself_is_the_emulators() {
+        assert!(is_the_emulators(
+            "[    2.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
+        ));
+        let patching = "Oops: general protection fault, maybe for address 0x10: 0000 [#1]\n\
+                        RIP: 0010:text_poke_early+0x68/0xa0";
+        assert!(is_the_emulators(patching));
+        let other = "Oops: general protection fault\nRIP: 0010:rxe_completer+0x12/0x900";
+        assert!(!is_the_emulators(other));
     }
 
     fn ended(how: &str, killed: bool) -> MachineStatus {
