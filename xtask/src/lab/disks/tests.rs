@@ -16,6 +16,7 @@ fn disks() -> (Arc<Disks>, File) {
     let disks = Disks {
         exports: BTreeMap::from([("volume".to_owned(), export)]),
         random: Mutex::new(Random::new(1)),
+        flush_us: AtomicU64::new(0),
     };
     (Arc::new(disks), disk)
 }
