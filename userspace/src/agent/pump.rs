@@ -6,6 +6,8 @@
 //! core cannot go on from ends the epoch with a reason; nothing is dropped in silence.
 
 mod doubt;
+mod outcome;
+mod parts;
 mod progress;
 
 use std::sync::Arc;
@@ -17,17 +19,18 @@ use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
 use super::clock::Clock;
 use super::filler::{Filler, Wanted};
 use super::gatekeeper::Gatekeeper;
-use super::mending::LeftUnproven;
 use crate::board::VolumeBoard;
-use crate::capture::{CaptureError, Control, GapCounts, RingConsumer, Woken};
+use crate::capture::{Control, GapCounts, RingConsumer, Woken};
 use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason, ENDING_GAPS};
-use crate::durability::core::{LiveError, LiveLog};
+use crate::durability::core::LiveLog;
 use crate::ids::{RingPos, Seq};
 use crate::link::{Body, Link, LinkError, Post, PostId, WINDOW_POSTS};
-use crate::mirror::core::{Action, CoreError, MirrorCore, PostBody};
+use crate::mirror::core::{Action, MirrorCore, PostBody};
 use crate::record::{RecordMeta, Records};
 use crate::region::scan::Tail;
 use doubt::Doubt;
+pub use outcome::{Ended, Standing, Turn};
+pub use parts::{Limits, Parts};
 use progress::{Peak, count};
 
 /// Most ring bytes looked at in one turn.
@@ -38,67 +41,6 @@ const GAP_CHECKPOINT_EVERY: Duration = Duration::from_millis(500);
 const REFRESH: Duration = Duration::from_millis(50);
 /// How often is looked for bytes that are being read.
 const FILL_LOOK: Duration = Duration::from_millis(1);
-
-/// Why an epoch cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub enum Ended {
-    /// Events were lost, so that later records cannot be trusted to be all.
-    #[error("events were lost ({0}): the ring was full or the kernel skipped a hook")]
-    EventsLost(String),
-    /// The core met something that breaks the protocol.
-    #[error(transparent)]
-    Core(#[from] CoreError),
-    /// The record of what is durable was fed out of order.
-    #[error(transparent)]
-    Live(#[from] LiveError),
-    /// The ring is not what the programs write.
-    #[error(transparent)]
-    Capture(#[from] CaptureError),
-    /// A record that cannot be read.
-    #[error("the ring holds a damaged record: {0}")]
-    Record(#[from] crate::record::RecordError),
-    /// The link has been gone for longer than the lag limit.
-    #[error("the link to the mirror is gone: {0}")]
-    LinkGone(String),
-    /// The start of the epoch could not be told in table and mailbox.
-    #[error("the epoch could not be told: {0}")]
-    Ledger(String),
-    /// A change was noticed that is not captured, and that makes the log unfit to be replayed.
-    #[error("a change that is not captured ({0}); a checkpoint covers it, then a new epoch begins")]
-    Gap(String),
-    /// Too much has not reached the mirror for too long.
-    #[error("the lag was over its limit: {0}")]
-    Lag(String),
-    /// The volume is not where or what it was.
-    #[error("{0}")]
-    Volume(String),
-    /// Somebody removed pinned programs or maps: this agent's go on, and would end with it.
-    #[error("{0}: the capture programs are attached anew")]
-    CaptureLost(String),
-    /// The agent stops.
-    #[error("the agent stops")]
-    Stop,
-}
-
-/// What one turn found to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// Something moved.
-    Worked,
-    /// Nothing to do until something happens.
-    Idle,
-}
-
-/// What the volume's protection is to be, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// The epoch's first checkpoint is not proven yet.
-    Beginning,
-    /// Everything captured is, or soon will be, in the region.
-    Protected,
-    /// Something weakens protection.
-    Exposed(String),
-}
 
 /// The machinery of one epoch.
 pub struct Pump<'a> {
@@ -147,35 +89,6 @@ pub struct Pump<'a> {
     doubt: Doubt,
     refreshed: Instant,
     peak: Peak,
-}
-
-/// Limits from the configuration.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Unflushed records older than this ask for a checkpoint.
-    pub checkpoint_age: Duration,
-    /// Lag beyond this is `exposed`.
-    pub lag: Duration,
-}
-
-/// What a pump works with; borrowed from the owner for one epoch.
-pub struct Parts<'a> {
-    /// The capture ring.
-    pub ring: &'a mut RingConsumer,
-    /// The control words.
-    pub control: &'a Control,
-    /// For bytes that eBPF could not copy.
-    pub filler: &'a mut Filler,
-    /// For checkpoints.
-    pub checkpointer: &'a mut Checkpointer,
-    /// Continues who may pass the gate.
-    pub gatekeeper: &'a Gatekeeper,
-    /// This kernel can skip a program, which its counters tell.
-    pub may_skip_hooks: bool,
-    /// Where the bytes that are not proven at the end are put.
-    pub left_unproven: LeftUnproven,
-    /// Where progress is shown.
-    pub board: Arc<VolumeBoard>,
 }
 
 /// Events lost since the programs were loaded, by every way of losing them that is not a gap of
@@ -362,41 +275,6 @@ impl<'a> Pump<'a> {
             "the link to the mirror is slower than the writers"
         };
         Err(Ended::Lag(format!("{:.1} s: {why}", lag.as_secs_f64())))
-    }
-
-    /// What the volume's protection is now.
-    pub fn standing(&self) -> Standing {
-        if !self.begun {
-            return match &self.checkpoint_failure {
-                Some(error) => Standing::Exposed(format!("the first checkpoint failed: {error}")),
-                None => Standing::Beginning,
-            };
-        }
-        if let Some(reason) = self.doubt.told() {
-            let failure = self.checkpoint_failure.iter();
-            let failure: String = failure.map(|error| format!("; {error}")).collect();
-            return Standing::Exposed(reason + &failure);
-        }
-        let gaps = self.control.gaps();
-        let new: Vec<&str> = gap::NAMES
-            .iter()
-            .zip(gaps.iter().zip(&self.gaps_proven))
-            .filter(|(_, (now, proven))| now > proven)
-            .map(|(name, _)| *name)
-            .collect();
-        if !new.is_empty() {
-            let names = new.join(", ");
-            return Standing::Exposed(format!(
-                "changes that are not captured yet ({names}); a checkpoint will cover them"
-            ));
-        }
-        if let Some((_, reason)) = &self.gap_in_log {
-            return Standing::Exposed(format!("{reason}; a checkpoint will cover it"));
-        }
-        match &self.checkpoint_failure {
-            Some(error) => Standing::Exposed(format!("the last checkpoint failed: {error}")),
-            None => Standing::Protected,
-        }
     }
 
     /// Waits until there is something to do.

@@ -87,7 +87,10 @@ pub fn start(node: &Arc<Node>) -> std::io::Result<()> {
         std::thread::Builder::new()
             .name(format!("io-{}", volume.name))
             .spawn(move || {
-                let interval = duration(node.config.cluster.heartbeat_interval);
+                // Every other heartbeat tells of a new answer: a disk is called silent only after more.
+                let heartbeat = duration(node.config.cluster.heartbeat_interval);
+                let dead_after = duration(node.config.cluster.dead_after);
+                let interval = (heartbeat * 2).min(dead_after / 3).max(heartbeat);
                 let mut open = None;
                 while !node.ended.is_given() {
                     let result = read_once(&volume.device, &mut open);

@@ -22,7 +22,7 @@ use crate::link::RingSource;
 use crate::record::span_bytes;
 
 /// Longest sleep without a look at the ring, against a lost wake-up that should not exist.
-const SAFETY_TIMEOUT: Duration = Duration::from_millis(250);
+const SAFETY_TIMEOUT: Duration = Duration::from_millis(500);
 
 const RING_EVENT: u64 = 0;
 const EXTRA_EVENT: u64 = 1;
