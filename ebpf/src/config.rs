@@ -47,6 +47,7 @@ globals! {
     /// `TS_COMPAT` is a bit of it.
     TASK_STATUS,
     SIGNAL_STOP_COUNT,
+    SOCKET_SOCK, SOCK_FAMILY,
     FILES_TABLE, TABLE_MAX, TABLE_FILES,
     /// System call number and arguments at its exit.
     REGS_NUMBER, REGS_FIRST, REGS_FOURTH, REGS_COMPAT_FIRST, REGS_COMPAT_SIXTH,

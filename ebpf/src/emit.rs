@@ -95,6 +95,40 @@ impl Control {
         BPF_RB_NO_WAKEUP
     }
 
+    /// Writes a word that only programs write.
+    #[inline(always)]
+    pub fn write(self, slot: usize, value: u64) {
+        // SAFETY: as in `read`.
+        unsafe { core::ptr::write_volatile(self.0.wrapping_add(slot), value) }
+    }
+
+    /// Makes a word no less than `value`; whether that worked, of several threads that try at once.
+    #[inline(always)]
+    pub fn raise(self, slot: usize, value: u64) -> bool {
+        use core::intrinsics::{AtomicOrdering::SeqCst, atomic_cxchg};
+        const ATTEMPTS_MAX: u32 = 16;
+        let mut attempt = 0;
+        while attempt < ATTEMPTS_MAX {
+            let before = self.read(slot);
+            if before >= value {
+                return true;
+            }
+            // SAFETY: as in `read`.
+            let (found, _) = unsafe {
+                atomic_cxchg::<u64, { SeqCst }, { SeqCst }>(
+                    self.0.wrapping_add(slot),
+                    before,
+                    value,
+                )
+            };
+            if found == before {
+                return true;
+            }
+            attempt += 1;
+        }
+        false
+    }
+
     /// How to submit a record: counts it, and only then looks whether the consumer sleeps. The
     /// consumer sets `ASLEEP` and only then looks for records, so one of the two sees the other.
     #[inline(always)]

@@ -8,8 +8,9 @@
 //! else's hook is missed meanwhile. If the word does not get there the thread group is stopped
 //! (`hold`), and no processor is busy while the agent is away.
 //!
-//! Threads of the kernel do not return to user space and cannot be stopped: theirs is a short look
-//! only, and an answer that went out too early is a gap, which ends the epoch.
+//! Threads of the kernel do not return to user space and cannot be stopped. What an NFS server's thread
+//! would answer is refused where it leaves for the network (`server`). The others' is a short look only,
+//! and an answer that went out too early is a gap, which ends the epoch.
 //!
 //! A program must never let a thread pass that it cannot account for without noting it.
 
@@ -27,6 +28,7 @@ use crate::config::*;
 use crate::emit::*;
 use crate::gaps;
 use crate::hold::hold;
+use crate::server;
 
 /// `PF_KTHREAD` and `PF_IO_WORKER`.
 const CANNOT_STOP: u32 = 0x0020_0000 | 0x0000_0010;
@@ -61,7 +63,7 @@ pub struct Wait {
 impl Wait {
     /// What was captured up to `position` is mirrored, so that every replay contains it.
     #[inline(always)]
-    fn until_mirrored(position: u64, generation: u64) -> Self {
+    pub fn until_mirrored(position: u64, generation: u64) -> Self {
         Self {
             position,
             open_word: control::GATE_OPEN_TO as u64,
@@ -71,7 +73,7 @@ impl Wait {
 
     /// A checkpoint of what was captured up to `position` is proven, so that nothing older is replayed.
     #[inline(always)]
-    fn until_proven(position: u64, generation: u64) -> Self {
+    pub fn until_proven(position: u64, generation: u64) -> Self {
         Self {
             position,
             open_word: control::GATE_PROVEN_TO as u64,
@@ -80,7 +82,7 @@ impl Wait {
     }
 
     #[inline(always)]
-    fn is_over(&self, control: Control) -> bool {
+    pub fn is_over(&self, control: Control) -> bool {
         let open_to = if self.open_word == control::GATE_PROVEN_TO as u64 {
             control.read(control::GATE_PROVEN_TO)
         } else {
@@ -109,7 +111,7 @@ pub fn now_ns() -> u64 {
 }
 
 #[inline(always)]
-fn current() -> *const u8 {
+pub fn current() -> *const u8 {
     // SAFETY: the helper has no precondition.
     unsafe { bpf_get_current_task_btf() as *const u8 }
 }
@@ -125,7 +127,7 @@ pub fn generation(control: Control) -> u64 {
 /// just now: the agent looks for skipped programs before it lets anything pass, and a position that
 /// was passed already is never looked at again.
 #[inline(always)]
-fn is_log_whole(control: Control) -> bool {
+pub fn is_log_whole(control: Control) -> bool {
     let mut differs = control.read(control::MAY_SKIP);
     let mut reason = 0;
     while reason < gap::NAMES.len() {
@@ -199,6 +201,9 @@ pub fn require(
             control.increment(control::GATE_PASSED);
             return;
         }
+        if server::holds_reply(control, &wait) {
+            return;
+        }
         // Once an answer went out too early the epoch ends anyway: no processor is kept busy for more.
         let ends = control.read(control::GAPS + gap::UNGATED)
             != control.read(control::GAPS_SEEN + gap::UNGATED);
@@ -258,7 +263,7 @@ extern "C" fn look_once(_: u64, look: *mut c_void) -> i64 {
 
 /// Looks at the gate until it is open or the time is over; whether it is open.
 #[inline(always)]
-fn look(control: Control, wait: Wait, limit_ns: u64) -> bool {
+pub fn look(control: Control, wait: Wait, limit_ns: u64) -> bool {
     let since_ns = now_ns();
     let mut look = Look {
         wait,
@@ -324,7 +329,7 @@ struct Open {
 }
 
 #[inline(always)]
-fn read_at<T>(base: u64, offset: &Global<u64>) -> Option<T> {
+pub fn read_at<T>(base: u64, offset: &Global<u64>) -> Option<T> {
     // SAFETY: a bad address is reported, not followed.
     unsafe { bpf_probe_read_kernel((base + offset.load()) as *const T) }.ok()
 }
@@ -437,7 +442,7 @@ fn until_settled(control: Control, generation: u64, is_quiet: bool) -> Wait {
 
 /// Until nothing that was captured so far can be replayed.
 #[inline(always)]
-fn until_checkpoint(control: Control, generation: u64) -> Wait {
+pub fn until_checkpoint(control: Control, generation: u64) -> Wait {
     let position = producer_position();
     // After the position was read: see the agent's side.
     control.increment(control::PROOFS_WANTED);

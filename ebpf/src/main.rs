@@ -7,7 +7,7 @@
 //! (where the kernel allows), so that ring order is the order of the operations.
 //!
 //! A program must never change what the kernel does, or lose a change without counting it; only the gate
-//! (`gate`) lets a thread wait, at the end of its system call.
+//! lets a thread wait, at the end of its system call (`gate`), and an NFS client for its answer (`server`).
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
@@ -21,6 +21,7 @@ mod gaps;
 mod gate;
 mod hold;
 mod names;
+mod server;
 mod sync;
 mod writeback;
 

@@ -121,6 +121,8 @@ pub struct VolumeBoard {
     pub gate_polled: Gauge,
     /// Those that were stopped before it.
     pub gate_holds: Gauge,
+    /// Replies of the kernel's NFS server that were refused.
+    pub gate_replies_refused: Gauge,
     /// Thread groups that are stopped before it now.
     pub gate_held_groups: Gauge,
     /// Threads continued per bucket of the time they were stopped (not cumulative).
@@ -183,6 +185,7 @@ impl VolumeBoard {
             gate_passed: Gauge::default(),
             gate_polled: Gauge::default(),
             gate_holds: Gauge::default(),
+            gate_replies_refused: Gauge::default(),
             gate_held_groups: Gauge::default(),
             held_counts: Default::default(),
             held_sum_us: Gauge::default(),

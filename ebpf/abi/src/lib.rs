@@ -224,6 +224,23 @@ pub mod control {
     pub const GAPS_SETTLED: usize = 112;
     /// Value of the words of [`GAPS_SETTLED`] that no counter has: nothing is settled.
     pub const UNSETTLED: u64 = u64::MAX;
+    /// Agent, every few seconds: 1 if the programs can refuse all replies of the kernel's NFS server.
+    pub const SERVER_HELD: usize = 144;
+    /// Programs: the largest ring position that the NFS server was told to wait for. What every replay
+    /// of the region must contain before a reply may leave.
+    pub const SERVER_MIRRORED: usize = 145;
+    /// Programs: [`GATE_GENERATION`] when [`SERVER_MIRRORED`] was raised last.
+    pub const SERVER_MIRRORED_GENERATION: usize = 146;
+    /// Programs: as [`SERVER_MIRRORED`], for what a checkpoint must have proven, see [`GATE_PROVEN_TO`].
+    pub const SERVER_PROVEN: usize = 147;
+    /// Programs: [`GATE_GENERATION`] when [`SERVER_PROVEN`] was raised last.
+    pub const SERVER_PROVEN_GENERATION: usize = 148;
+    /// Programs: 1 more than the largest [`GATE_GENERATION`] whose end a reply must wait for; 0 for none.
+    pub const SERVER_CLOSED: usize = 149;
+    /// Programs: where the gate stood when a reply was refused last. Until it moves nobody looks longer.
+    pub const SERVER_STALLED_AT: usize = 150;
+    /// Programs: replies of the NFS server that were refused.
+    pub const SERVER_REFUSED: usize = 151;
 }
 
 /// What calls of the fsync class wait for, and the host's one map of threads that are stopped before

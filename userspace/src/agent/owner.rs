@@ -144,6 +144,7 @@ impl<'a> Owner<'a> {
         }
         control.set(control::GATE_OFF, u64::from(gate_off));
         control.set(control::MAY_SKIP, u64::from(may_skip_hooks()));
+        capture.watch_server();
         let gate = capture.take_gate().context("the maps of the gate")?;
         let gatekeeper = Gatekeeper::start(gate, capture.control().clone(), Arc::clone(&board))?;
         // New programs come only where everything is closed and proven.

@@ -1,5 +1,5 @@
 //! What may be taken away from under a running agent: the mount, its being writable, the pinned
-//! programs. Looked at every few seconds, whatever flows.
+//! programs; and how the kernel's NFS server answers. Looked at every few seconds, whatever flows.
 //!
 //! It must never block on the volume's disk: it asks the kernel only for what it has in memory.
 
@@ -39,6 +39,7 @@ impl Watch {
             return Ok(());
         }
         self.looked_at = Instant::now();
+        capture.watch_server();
         look_at_mount(&volume.mount_point, capture.options().device).map_err(Ended::Volume)?;
         match capture.missing_pin() {
             Some(path) => Err(Ended::CaptureLost(format!(

@@ -84,6 +84,8 @@ const MEMBERS: &[Member] = &[
     ("TASK_JOB_CONTROL", "task_struct", &["jobctl"]),
     ("TASK_STATUS", "task_struct", &["thread_info.status"]),
     ("SIGNAL_STOP_COUNT", "signal_struct", &["group_stop_count"]),
+    ("SOCKET_SOCK", "socket", &["sk"]),
+    ("SOCK_FAMILY", "sock", &["__sk_common.skc_family"]),
     ("FILES_TABLE", "files_struct", &["fdt"]),
     ("TABLE_MAX", "fdtable", &["max_fds"]),
     ("TABLE_FILES", "fdtable", &["fd"]),

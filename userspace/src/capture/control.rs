@@ -147,6 +147,33 @@ impl Control {
         self.get(control::GATE_HOLDS)
     }
 
+    /// Replies of the kernel's NFS server that were refused since the programs were loaded.
+    #[must_use]
+    pub fn replies_refused(&self) -> u64 {
+        self.get(control::SERVER_REFUSED)
+    }
+
+    /// Whether the NFS server was told to wait for what has not passed the gate yet.
+    pub(super) fn holds_replies(&self) -> bool {
+        let generation = self.get(control::GATE_GENERATION);
+        let behind = |open_to, position, since| {
+            self.get(open_to) < self.get(position) && self.get(since) == generation
+        };
+        let closing = self.get(control::SERVER_CLOSED) == generation.wrapping_add(1);
+        self.get(control::GATE_OPEN_TO) != control::GATE_OPEN
+            && (closing
+                || behind(
+                    control::GATE_OPEN_TO,
+                    control::SERVER_MIRRORED,
+                    control::SERVER_MIRRORED_GENERATION,
+                )
+                || behind(
+                    control::GATE_PROVEN_TO,
+                    control::SERVER_PROVEN,
+                    control::SERVER_PROVEN_GENERATION,
+                ))
+    }
+
     /// Records submitted since the programs were loaded.
     #[must_use]
     pub fn records(&self) -> u64 {

@@ -66,6 +66,12 @@ pub enum CaptureError {
          agent, which mirrors it or closes the epoch, and stop it again"
     )]
     Held(String),
+    /// Replies of the kernel's NFS server wait at the gate, and would leave without the programs.
+    #[error(
+        "the kernel's NFS server waits with the answer to what it made durable on volume {0}: start the agent, \
+         which mirrors it or closes the epoch; where the volume is lost, stop the server (rpc.nfsd 0)"
+    )]
+    RepliesHeld(String),
     /// The ring holds something that no program writes.
     #[error(
         "the capture ring is damaged at position {position}: {reason}; detach and begin again with a checkpoint"

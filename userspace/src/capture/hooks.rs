@@ -19,6 +19,8 @@ pub enum Need {
     Covered,
     /// Without it others can continue a thread group that is held before the gate.
     KeepsHeld,
+    /// Without it the kernel's NFS server answers too early.
+    HoldsReplies,
 }
 
 /// How a program hangs on a kernel function.
@@ -32,6 +34,8 @@ pub enum Kind {
     Lsm,
     /// On a tracepoint.
     Tracepoint,
+    /// On a tracepoint that belongs to a module, whose types programs do not know.
+    ModuleTracepoint,
 }
 
 /// One program and the kernel function it hangs on.
@@ -103,6 +107,8 @@ pub const HOOKS: &[Hook] = &[
     hook("gate_kill", Kind::Lsm, "task_kill", Need::KeepsHeld),
     hook("gate_continued", Kind::Tracepoint, "signal_generate", Need::Always),
     hook("gap_fallocate_begin", Kind::Entry, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
+    hook("gate_reply", Kind::Lsm, "socket_sendmsg", Need::HoldsReplies),
+    hook("gate_server_metadata", Kind::ModuleTracepoint, "ext4_nfs_commit_metadata", Need::HoldsReplies),
 ];
 
 const _: () = assert!(HOOKS.len() <= 64);

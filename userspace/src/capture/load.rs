@@ -22,6 +22,7 @@ use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
 use super::host::{self, HostLock};
 use super::object::{fingerprint, object};
+use super::server;
 use super::sys::program_by_id;
 use super::{CaptureError, CaptureOptions};
 
@@ -109,12 +110,16 @@ pub(super) fn is_pinned(volume: &str) -> bool {
 }
 
 /// Removes the programs and pins of a volume, unless somebody is held before its gate, whom nobody
-/// could continue any more.
+/// could continue any more, or an NFS server whose replies would leave.
 pub(super) fn remove(volume: &str) -> Result<(), CaptureError> {
     if let Some(gate) = pinned_gate(volume)
         && !gate.own_entries().is_empty()
     {
         return Err(CaptureError::Held(volume.to_owned()));
+    }
+    if pinned_control(volume).is_some_and(|control| control.holds_replies()) && server::is_running()
+    {
+        return Err(CaptureError::RepliesHeld(volume.to_owned()));
     }
     detach(volume)
 }
@@ -353,7 +358,9 @@ fn attach_all(
                 let essential = match hook.need {
                     Need::Always => true,
                     Need::On(filesystem) => filesystem == options.filesystem,
-                    Need::Notices(_) | Need::Covered | Need::KeepsHeld => false,
+                    Need::Notices(_) | Need::Covered | Need::KeepsHeld | Need::HoldsReplies => {
+                        false
+                    }
                 };
                 if essential {
                     let (program, hook) = (hook.program, hook.function);
@@ -363,6 +370,8 @@ fn attach_all(
                         reason,
                     });
                 }
+                let (program, function) = (hook.program, hook.function);
+                tracing::info!(program, function, "without this hook: {reason}");
                 disabled.push(DisabledHook {
                     hook: *hook,
                     reason,
@@ -392,6 +401,11 @@ fn attach_one(ebpf: &mut Ebpf, btf: &Btf, hook: &Hook) -> Result<(OwnedFd, FdLin
         (Kind::Tracepoint, Program::BtfTracePoint(program)) => {
             program.load(hook.function, btf).map_err(words)?;
             let id = program.attach().map_err(words)?;
+            FdLink::from(program.take_link(id).map_err(words)?)
+        }
+        (Kind::ModuleTracepoint, Program::RawTracePoint(program)) => {
+            program.load().map_err(words)?;
+            let id = program.attach(hook.function).map_err(words)?;
             FdLink::from(program.take_link(id).map_err(words)?)
         }
         (Kind::Lsm, Program::Lsm(program)) => {

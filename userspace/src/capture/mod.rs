@@ -23,6 +23,7 @@ mod page_cache;
 mod probe;
 mod redirty;
 mod ring;
+mod server;
 mod sys;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -178,17 +179,18 @@ impl Capture {
     ///
     /// # Errors
     /// [`CaptureError::Pin`]; [`CaptureError::Held`] while somebody is held before the gate, whom
-    /// nobody could continue any more.
+    /// nobody could continue any more; [`CaptureError::RepliesHeld`] while replies are.
     pub fn detach(volume_name: &str) -> Result<(), CaptureError> {
         load::remove(volume_name)
     }
 
     /// Removes the programs of a volume that this node has lost. Who is held before its gate is ended:
     /// what was confirmed to them may be reverted by the new owner, so that they must never be told.
-    /// Their process ids.
+    /// Their process ids. So is the kernel's NFS server if it still has to answer; if it does not end, the
+    /// programs stay and refuse.
     ///
     /// # Errors
-    /// [`CaptureError::Pin`].
+    /// [`CaptureError::Pin`]; [`CaptureError::RepliesHeld`].
     pub fn abandon(volume_name: &str) -> Result<Vec<u32>, CaptureError> {
         if !load::is_pinned(volume_name) {
             return Ok(Vec::new());
@@ -196,6 +198,11 @@ impl Capture {
         let mut gate = load::pinned_gate(volume_name);
         let mut kill = || gate.as_mut().map(Gate::kill_held).unwrap_or_default();
         let mut killed = kill();
+        if load::pinned_control(volume_name).is_some_and(|control| control.holds_replies())
+            && !server::end()
+        {
+            return Err(CaptureError::RepliesHeld(volume_name.to_owned()));
+        }
         load::detach(volume_name)?;
         // Who looked at the gate just then.
         std::thread::sleep(std::time::Duration::from_millis(100));
@@ -236,6 +243,17 @@ impl Capture {
     #[must_use]
     pub fn disabled(&self) -> &[DisabledHook] {
         &self.disabled
+    }
+
+    /// Tells the programs whether they can refuse the replies of the kernel's NFS server: not where the
+    /// hook is missing, nor while it also serves over RDMA, where a reply passes no hook.
+    pub fn watch_server(&self) {
+        let has_hook = |disabled: &DisabledHook| disabled.hook.program != server::REFUSES;
+        let refuses = self.disabled.iter().all(has_hook)
+            && probe::bpf_lsm_active()
+            && !server::serves_over_rdma();
+        let control = &self.control;
+        control.set(twinwrite_abi::control::SERVER_HELD, u64::from(refuses));
     }
 
     /// A pinned object that somebody removed. The programs of this agent go on, but they would end

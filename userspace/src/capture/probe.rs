@@ -57,7 +57,8 @@ pub fn features() -> Vec<Feature> {
             "BPF LSM",
             bpf_lsm_active(),
             false,
-            "boot with `bpf` in the lsm= list; without it, ioctls of the file system go unnoticed",
+            "boot with `bpf` in the lsm= list; without it, ioctls of the file system go unnoticed, and \
+             the kernel's NFS server answers before the gate",
         ),
     ];
     match KernelTypes::read() {
@@ -85,6 +86,10 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
         let (function, kind) = match hook.kind {
             Kind::Lsm => (format!("bpf_lsm_{}", hook.function), "lsm"),
             Kind::Tracepoint => (format!("btf_trace_{}", hook.function), "tracepoint"),
+            Kind::ModuleTracepoint => (
+                format!("__tracepoint_{}", hook.function),
+                "module tracepoint",
+            ),
             Kind::Entry => (hook.function.to_owned(), "fentry"),
             Kind::Exit => (hook.function.to_owned(), "fexit"),
         };
@@ -106,10 +111,18 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
                 false,
                 "others can continue what is held before the gate on this kernel".to_owned(),
             ),
+            Need::HoldsReplies => (
+                false,
+                "the kernel's NFS server answers before the gate on this kernel".to_owned(),
+            ),
+        };
+        let ok = match hook.kind {
+            Kind::ModuleTracepoint => has_symbol(&function),
+            _ => types.has_function(&function) || types.has_typedef(&function),
         };
         Feature::new(
             format!("hook {kind} {}", hook.function),
-            types.has_function(&function) || types.has_typedef(&function),
+            ok,
             required,
             remedy,
         )
@@ -165,6 +178,15 @@ fn preempts(mode: &str, parameters: &str, version: &str) -> bool {
         Some(mode) => !matches!(mode, "none" | "voluntary"),
         None => version.contains("PREEMPT"),
     }
+}
+
+/// Whether the kernel, with the modules that are loaded, has a symbol of this name.
+fn has_symbol(name: &str) -> bool {
+    fs::read_to_string("/proc/kallsyms").is_ok_and(|symbols| {
+        symbols
+            .lines()
+            .any(|line| line.split_whitespace().nth(2) == Some(name))
+    })
 }
 
 /// Whether BPF is among the security modules in use.

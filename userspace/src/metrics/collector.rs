@@ -196,7 +196,7 @@ const GAUGES: [(&str, &str, Option<Unit>, Read); 15] = [
     ),
 ];
 
-const COUNTERS: [(&str, &str, Count); 8] = [
+const COUNTERS: [(&str, &str, Count); 9] = [
     ("drops", "Events lost because the ring was full", |v| {
         v.drops.get()
     }),
@@ -214,6 +214,11 @@ const COUNTERS: [(&str, &str, Count); 8] = [
         "writeback_errors",
         "Write-backs of the volume that failed",
         |v| v.writeback_errors.get(),
+    ),
+    (
+        "gate_replies_refused",
+        "Replies of the kernel's NFS server that were refused at the gate",
+        |v| v.gate_replies_refused.get(),
     ),
     ("checkpoints", "Checkpoints that proved durability", |v| {
         v.checkpoints.get()

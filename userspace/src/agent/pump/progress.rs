@@ -39,6 +39,9 @@ impl Pump<'_> {
         board.gate_passed.set(passed);
         board.gate_polled.set(polled);
         board.gate_holds.set(holds);
+        board
+            .gate_replies_refused
+            .set(self.control.replies_refused());
         for (shown, count) in board.gaps.iter().zip(self.control.gaps()) {
             shown.set(count);
         }
