@@ -11,6 +11,7 @@ pub(crate) mod bench;
 mod control_loses_unflushed;
 mod disk_ahead;
 mod gate;
+mod gate_nfs;
 mod interconnect_cut;
 mod killed_in_replay;
 mod lab_survives;
@@ -159,6 +160,24 @@ pub const ALL: &[Scenario] = &[
         120,
         Alone(gate::two_processors),
         "with a killed agent all fsyncs wait, the machine stays usable, and the next agent goes on",
+    ),
+    scenario(
+        "gate_nfs",
+        130,
+        Alone(gate_nfs::run),
+        "the kernel's NFS server confirms nothing while nobody mirrors, and what it confirmed survives",
+    ),
+    scenario(
+        "gate_nfs_v3",
+        130,
+        Alone(gate_nfs::run_v3),
+        "the same with NFS 3 over XFS on the older kernel",
+    ),
+    scenario(
+        "gate_nfs_off_reverts",
+        110,
+        Alone(gate_nfs::off_reverts),
+        "without the gate the same crash reverts what an NFS server confirmed: the negative control",
     ),
     scenario(
         "agent_killed_on_owner",
