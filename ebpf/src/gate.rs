@@ -174,8 +174,20 @@ pub fn passes_without_mark(control: Control, generation: u64, before: Option<u64
         && is_log_whole(control)
 }
 
+/// Whether bytes may have been stored through a mapping that no record shows, and that a record which
+/// comes now could be laid over.
+#[inline(always)]
+fn lacks_stores(control: Control) -> bool {
+    control.read(control::GAPS + gap::MAPPING)
+        != control.read(control::GAPS_SETTLED + gap::MAPPING)
+}
+
 /// Makes the running call wait for its mark, or for less: see `held::position_to_wait_for`. A mark keeps
 /// older records off bytes and attributes, and off no name: what a directory's would have to is proven.
+/// So is what a mark does not keep off because its record came only after the call's begin: that of
+/// somebody who wrote just then, and whose bytes a store through a mapping may have changed since.
+///
+/// `inode` is the file's, as an address.
 #[inline(always)]
 pub fn require(
     control: Control,
@@ -183,13 +195,19 @@ pub fn require(
     before: Option<u64>,
     mark_end: Option<u64>,
     is_directory: bool,
+    inode: u64,
 ) {
     let is_whole = is_log_whole(control);
     let for_mark = before.is_none() || !is_whole;
     if for_mark {
         control.increment(control::GATE_FOR_MARK);
     }
-    let wait = if for_mark && is_directory && mark_end.is_some() {
+    let is_raced = before.is_none() && lacks_stores(control);
+    let wait = if is_raced && !is_directory && !is_quiet(control, inode) {
+        // That record is still to come, and nothing else would end the epoch.
+        note(control, gap::UNGATED);
+        Wait::until_mirrored(held::UNTIL_CLOSED, generation)
+    } else if for_mark && mark_end.is_some() && (is_directory || is_raced) {
         until_checkpoint(control, generation)
     } else {
         let position = held::position_to_wait_for(before, mark_end, is_whole);

@@ -43,6 +43,8 @@ struct Call {
     position: u64,
     /// What to wait for if the log is whole, see `gate::seen_before`; [`UNKNOWN`].
     seen_before: u64,
+    /// Address of the file's inode, which the call holds; 0 as long as it is not known.
+    inode: u64,
     /// The mark, but for what is known at exit only.
     head: Head,
 }
@@ -61,12 +63,13 @@ fn thread() -> u64 {
 }
 
 #[inline(always)]
-fn enter(road: u64, seen_before: Option<u64>) {
+fn enter(road: u64, seen_before: Option<u64>, inode: *const u8) {
     // SAFETY: all members are integers.
     let mut call: Call = unsafe { core::mem::zeroed() };
     call.road = road;
     call.position = producer_position();
     call.seen_before = seen_before.unwrap_or(UNKNOWN);
+    call.inode = inode as u64;
     let _ = CALLS.insert(&thread(), &call, 0);
 }
 
@@ -75,8 +78,9 @@ fn enter_file(ctx: &FEntryContext, road: u64) {
     let file: *const u8 = ctx.arg(0);
     // SAFETY: the arguments of the hooked function.
     unsafe {
-        if let Some(control) = wanted(member(file, &FILE_INODE)) {
-            enter(road, gate::seen_before(control, file));
+        let inode = member(file, &FILE_INODE);
+        if let Some(control) = wanted(inode) {
+            enter(road, gate::seen_before(control, file), inode);
         }
     }
 }
@@ -131,7 +135,7 @@ fn mark(control: Control, mut head: Head, call: &Call) {
     } else {
         emit(control, head)
     };
-    gate::require(control, generation, before, end, is_directory);
+    gate::require(control, generation, before, end, is_directory, call.inode);
 }
 
 #[inline(always)]
@@ -199,6 +203,7 @@ pub fn sync_file(ctx: FExitContext) -> i32 {
         {
             // Later than at the entry, and so no less is waited for; the flush is yet to come.
             (*call).seen_before = gate::seen_before(control, file).unwrap_or(UNKNOWN);
+            (*call).inode = inode as u64;
             (*call).head = mark_of(inode, false);
             (*call).road = road::SYSTEM_CALL_WITH_FILE;
         }
@@ -225,7 +230,7 @@ macro_rules! system_calls {
         /// A system call that may have the rest inlined.
         #[fentry(function = $function)]
         pub fn $enter(_: FEntryContext) -> i32 {
-            enter(road::SYSTEM_CALL, None);
+            enter(road::SYSTEM_CALL, None, core::ptr::null());
             0
         }
 
