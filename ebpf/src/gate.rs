@@ -178,8 +178,7 @@ pub fn passes_without_mark(control: Control, generation: u64, before: Option<u64
 /// comes now could be laid over.
 #[inline(always)]
 fn lacks_stores(control: Control) -> bool {
-    control.read(control::GAPS + gap::MAPPING)
-        != control.read(control::GAPS_SETTLED + gap::MAPPING)
+    control.read(control::GAPS + gap::MAPPING) != control.read(control::GAPS_SETTLED + gap::MAPPING)
 }
 
 /// Makes the running call wait for its mark, or for less: see `held::position_to_wait_for`. A mark keeps

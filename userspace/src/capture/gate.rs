@@ -289,8 +289,15 @@ fn is_alive(key: &Key, entry: &Entry) -> bool {
 }
 
 fn fs_stat(group: u32) -> io::Result<Option<String>> {
-    match std::fs::read_to_string(format!("/proc/{group}/stat")) {
-        Ok(stat) => Ok(Some(stat)),
+    // The kernel hands the line out whole, to one read that has room for it: who waits for this waits at the
+    // gate.
+    let mut line = [0; 4096];
+    let read = std::fs::File::open(format!("/proc/{group}/stat")).and_then(|mut file| {
+        let length = io::Read::read(&mut file, &mut line)?;
+        Ok(line.get(..length).unwrap_or_default())
+    });
+    match read {
+        Ok(stat) => Ok(Some(String::from_utf8_lossy(stat).into_owned())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         // The process ended while its file was read.
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),

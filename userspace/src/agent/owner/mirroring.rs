@@ -13,10 +13,11 @@ use crate::capture::may_skip_hooks;
 use crate::ids::Epoch;
 use crate::status::{Protection, Role};
 
-/// How often the programs' own counters are asked for while records flow.
-const COUNTERS_BUSY: Duration = Duration::from_millis(50);
-/// The same while nothing happens.
-const COUNTERS_IDLE: Duration = Duration::from_secs(1);
+/// How often is looked for the end of this node's time while records flow, and, where the kernel can skip
+/// a program, the programs' own counters are asked for.
+const LOOK_BUSY: Duration = Duration::from_millis(50);
+/// The same while nothing happens, and where none is skipped: that takes a system call for each program.
+const LOOK_IDLE: Duration = Duration::from_secs(1);
 /// Longest sleep of the pump, and where the kernel can skip a hook, for which only a look helps.
 const SLEEP: Duration = Duration::from_millis(500);
 const SLEEP_CAUTIOUS: Duration = Duration::from_millis(250);
@@ -46,7 +47,7 @@ impl Owner<'_> {
         // Where the kernel can skip a hook, a mark may not pass before that was looked for.
         let cautious = may_skip_hooks();
         let mut recursion_misses = misses()?;
-        let mut asked_at = Instant::now();
+        let (mut asked_at, mut looked_at) = (Instant::now(), Instant::now());
         let left_unproven = self.closer.left_unproven();
         let parts = Parts {
             ring: &mut self.ring,
@@ -74,17 +75,20 @@ impl Owner<'_> {
             let turn = pump.turn(recursion_misses)?;
             watch.look(self.volume, capture)?;
             let due = if turn == Turn::Worked {
-                COUNTERS_BUSY
+                LOOK_BUSY
             } else {
-                COUNTERS_IDLE
+                LOOK_IDLE
             };
             if cautious && pump.is_gate_behind() {
                 recursion_misses = misses()?;
             }
-            if asked_at.elapsed() >= due {
+            if asked_at.elapsed() >= if cautious { due } else { LOOK_IDLE } {
                 recursion_misses = misses()?;
                 asked_at = Instant::now();
                 self.board.recursion_misses.set(recursion_misses);
+            }
+            if looked_at.elapsed() >= due {
+                looked_at = Instant::now();
                 if door.is_leaving() {
                     return Ok(());
                 }
