@@ -21,10 +21,13 @@ mod tests;
 /// Where ext4's super block begins, and fields of `struct ext4_super_block`.
 const EXT4_AT: usize = 1024;
 const EXT4_MAGIC_AT: usize = EXT4_AT + 0x38;
+const EXT4_INODE_BYTES_AT: usize = EXT4_AT + 0x58;
 const EXT4_COMPATIBLE_AT: usize = EXT4_AT + 0x5c;
 const EXT4_INCOMPATIBLE_AT: usize = EXT4_AT + 0x60;
 const EXT4_DEFAULT_OPTIONS_AT: usize = EXT4_AT + 0x100;
 const EXT4_MAGIC: u16 = 0xef53;
+/// Smaller inodes have no `i_crtime`.
+const EXT4_INODE_BYTES_MIN: u16 = 256;
 const EXT4_HAS_JOURNAL: u32 = 0x4;
 const EXT4_ENCRYPT: u32 = 0x1_0000;
 const EXT4_CASEFOLD: u32 = 0x2_0000;
@@ -33,6 +36,9 @@ const EXT4_DEFAULT_NO_BARRIER: u32 = 0x100;
 /// Fields of `struct xfs_dsb`, which begins at byte 0 and is big-endian.
 const XFS_REALTIME_BLOCKS_AT: usize = 16;
 const XFS_VERSION_AT: usize = 100;
+/// Its low four bits; inodes of earlier versions have no `di_crtime`.
+const XFS_VERSION_MASK: u16 = 0xf;
+const XFS_VERSION_MIN: u16 = 5;
 /// Names are compared without regard to case.
 const XFS_CASELESS: u16 = 0x4000;
 
@@ -66,6 +72,11 @@ pub enum Unfit {
          (dm-crypt) on both nodes"
     )]
     Encrypt,
+    /// Inodes have no time of birth.
+    #[error(
+        "its files have no time of birth ({0}), by which a replay tells a file that was moved to a name from          one that was made there: make a file system with it ({1})"
+    )]
+    NoBirth(&'static str, &'static str),
     /// Bytes may live on a realtime device.
     #[error(
         "its XFS has a realtime device, whose files the programs do not follow: make a file system \
@@ -162,16 +173,22 @@ fn of_super_block(volume: &Volume, page: &[u8]) -> Vec<Unfit> {
     if xfs {
         let realtime = u64::from_be_bytes(word(page, XFS_REALTIME_BLOCKS_AT)) != 0;
         let caseless = u16::from_be_bytes(word(page, XFS_VERSION_AT)) & XFS_CASELESS != 0;
+        let version = u16::from_be_bytes(word(page, XFS_VERSION_AT)) & XFS_VERSION_MASK;
         let found = [
             realtime.then_some(Unfit::Realtime),
+            (version < XFS_VERSION_MIN)
+                .then_some(Unfit::NoBirth("an old XFS", "mkfs.xfs -m crc=1")),
             caseless.then_some(Unfit::Caseless("ascii-ci")),
         ];
         return found.into_iter().flatten().collect();
     }
     let journal = le32(page, EXT4_COMPATIBLE_AT) & EXT4_HAS_JOURNAL != 0;
     let features = le32(page, EXT4_INCOMPATIBLE_AT);
+    let inode_bytes = u16::from_le_bytes(word(page, EXT4_INODE_BYTES_AT));
     let found = [
         (!journal).then_some(Unfit::NoJournal),
+        (inode_bytes < EXT4_INODE_BYTES_MIN)
+            .then_some(Unfit::NoBirth("inodes of 128 bytes", "mkfs.ext4 -I 256")),
         (features & EXT4_CASEFOLD != 0).then_some(Unfit::Caseless("casefold")),
         (features & EXT4_ENCRYPT != 0).then_some(Unfit::Encrypt),
     ];

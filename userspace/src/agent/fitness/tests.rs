@@ -53,6 +53,29 @@ fn found(filesystem: &str, mkfs: &[&str]) -> Vec<Unfit> {
 }
 
 #[test]
+fn files_without_a_time_of_birth_are_unfit() {
+    let small = found("ext4", &["mkfs.ext4", "-q", "-F", "-I", "128"]);
+    assert!(
+        matches!(small[..], [Unfit::NoBirth("inodes of 128 bytes", _)]),
+        "{small:?}"
+    );
+    let old = found(
+        "xfs",
+        &[
+            "mkfs.xfs",
+            "-q",
+            "-f",
+            "-m",
+            "crc=0,bigtime=0,inobtcount=0,reflink=0",
+        ],
+    );
+    assert!(
+        matches!(old[..], [Unfit::NoBirth("an old XFS", _)]),
+        "{old:?}"
+    );
+}
+
+#[test]
 fn plain_file_systems_are_fit() {
     assert_eq!(found("ext4", &["mkfs.ext4", "-q", "-F"]), []);
     assert_eq!(found("xfs", &["mkfs.xfs", "-q", "-f"]), []);
