@@ -44,8 +44,13 @@ globals! {
     /// The count of the inode's lock; how many direct writes are under way.
     INODE_LOCK, INODE_DIRECT_WRITERS,
     TASK_FLAGS, TASK_TGID, TASK_LEADER, TASK_STARTED, TASK_FILES, TASK_SIGNAL, TASK_JOB_CONTROL,
+    TASK_THREAD_NUMBER, TASK_STATE, TASK_ON_PROCESSOR, TASK_STACK, TASK_IN_GROUP,
+    /// The signals that a thread, or any of its group, has not taken yet.
+    TASK_PENDING, SIGNAL_PENDING,
     /// `TS_COMPAT` is a bit of it.
     TASK_STATUS,
+    /// Head of the list that `TASK_IN_GROUP` is a link of.
+    SIGNAL_THREADS,
     SIGNAL_STOP_COUNT,
     SOCKET_SOCK, SOCK_FAMILY,
     FILES_TABLE, TABLE_MAX, TABLE_FILES,

@@ -11,6 +11,7 @@ use twinwrite_abi::{control, gap, op};
 
 use crate::config::*;
 use crate::emit::*;
+use crate::gate;
 
 const RENAME_WHITEOUT: u32 = 1 << 2;
 const REMAP_FILE_DEDUP: u32 = 1 << 0;
@@ -200,6 +201,21 @@ pub fn gap_mapping(ctx: FExitContext) -> i32 {
     0
 }
 
+/// A direct write is about to drop what the page cache holds of its range, before it asks the device for
+/// anything: who submits it is running here, and another thread may reap its answer. So the wait
+/// for the end of the epoch begins here, whichever way that answer takes.
+#[fentry(function = "invalidate_inode_pages2_range")]
+pub fn gap_direct_io_begin(ctx: FEntryContext) -> i32 {
+    // SAFETY: the arguments of the hooked function.
+    let inode: *const u8 = unsafe { member(ctx.arg(0), &MAPPING_HOST) };
+    if let Some(control) = wanted(inode) {
+        let generation = gate::generation(control);
+        note_gap(control, gap::DIRECT_IO, inode);
+        gate::require_closed(control, generation);
+    }
+    0
+}
+
 /// A direct write has reached the device. At entry: the function frees its argument.
 #[fentry(function = "iomap_dio_complete")]
 pub fn gap_direct_io(ctx: FEntryContext) -> i32 {
@@ -208,7 +224,13 @@ pub fn gap_direct_io(ctx: FEntryContext) -> i32 {
     unsafe {
         if member::<u32>(dio, &DIO_FLAGS) & IOMAP_DIO_WRITE != 0 {
             let file: *const u8 = member(member(dio, &DIO_IOCB), &KIOCB_FILP);
-            note_early(member(file, &FILE_INODE), gap::DIRECT_IO);
+            let inode: *const u8 = member(file, &FILE_INODE);
+            if let Some(control) = wanted(inode) {
+                // The epoch may have ended since the write began, and the next one be open.
+                let generation = gate::generation(control);
+                note_early(inode, gap::DIRECT_IO);
+                gate::require_closed(control, generation);
+            }
         }
     }
     0

@@ -9,8 +9,9 @@
 //! (`hold`), and no processor is busy while the agent is away.
 //!
 //! Threads of the kernel do not return to user space and cannot be stopped. What an NFS server's thread
-//! would answer is refused where it leaves for the network (`server`). The others' is a short look only,
-//! and an answer that went out too early is a gap, which ends the epoch.
+//! would answer is refused where it leaves for the network (`server`); those that work for an io_uring
+//! belong to the application's thread group, which is stopped for them (`workers`). The others' is a short
+//! look only, and an answer that went out too early is a gap, which ends the epoch.
 //!
 //! A program must never let a thread pass that it cannot account for without noting it.
 
@@ -29,9 +30,12 @@ use crate::emit::*;
 use crate::gaps;
 use crate::hold::hold;
 use crate::server;
+use crate::workers;
 
-/// `PF_KTHREAD` and `PF_IO_WORKER`.
-const CANNOT_STOP: u32 = 0x0020_0000 | 0x0000_0010;
+/// `PF_IO_WORKER`: also the thread that submits for an io_uring.
+pub const IO_WORKER: u32 = 0x0000_0010;
+/// `PF_KTHREAD` and [`IO_WORKER`].
+pub const CANNOT_STOP: u32 = 0x0020_0000 | IO_WORKER;
 const O_DIRECT: u32 = 0x4000;
 /// Also set by `O_SYNC`.
 const O_DSYNC: u32 = 0x1000;
@@ -81,6 +85,12 @@ impl Wait {
         }
     }
 
+    /// Nothing of its own: another thread of the group waits.
+    #[inline(always)]
+    pub fn of_others(control: Control) -> Self {
+        Self::until_mirrored(0, generation(control))
+    }
+
     #[inline(always)]
     pub fn is_over(&self, control: Control) -> bool {
         let open_to = if self.open_word == control::GATE_PROVEN_TO as u64 {
@@ -110,6 +120,7 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
+/// The running thread's task.
 #[inline(always)]
 pub fn current() -> *const u8 {
     // SAFETY: the helper has no precondition.
@@ -213,7 +224,8 @@ pub fn require(
         Wait::until_mirrored(position, generation)
     };
     // SAFETY: the current task is valid.
-    if unsafe { member::<u32>(current(), &TASK_FLAGS) } & CANNOT_STOP != 0 {
+    let flags = unsafe { member::<u32>(current(), &TASK_FLAGS) };
+    if flags & CANNOT_STOP != 0 {
         if wait.is_over(control) {
             control.increment(control::GATE_PASSED);
             return;
@@ -226,19 +238,62 @@ pub fn require(
             != control.read(control::GAPS_SEEN + gap::UNGATED);
         let limit_ns = if ends { 0 } else { KERNEL_LOOK_NS };
         if control.read(control::GATE_OFF) == 0 && !look(control, wait, limit_ns) {
-            note(control, gap::UNGATED);
+            if flags & IO_WORKER != 0 {
+                workers::hold_group(control, &wait);
+            } else {
+                note(control, gap::UNGATED);
+            }
         }
         return;
     }
+    await_at_exit(control, &wait);
+}
+
+/// Makes the running call wait for the end of the epoch, which must have been asked for since
+/// `generation` was read: it changes what no mark can keep older records off. Threads of the kernel
+/// do not wait here.
+#[inline(always)]
+pub fn require_closed(control: Control, generation: u64) {
+    if control.read(control::GATE_OPEN_TO) == control::GATE_OPEN
+        || control.read(control::GATE_OFF) != 0
+    {
+        return;
+    }
+    let wait = Wait::until_mirrored(held::UNTIL_CLOSED, generation);
+    // SAFETY: the current task is valid.
+    let flags = unsafe { member::<u32>(current(), &TASK_FLAGS) };
+    if flags & CANNOT_STOP == 0 {
+        await_at_exit(control, &wait);
+    } else if flags & IO_WORKER != 0 && !wait.is_over(control) {
+        workers::hold_group(control, &wait);
+    }
+}
+
+/// Makes the running thread wait at the end of its system call.
+#[inline(always)]
+fn await_at_exit(control: Control, wait: &Wait) {
     // Also if it is over already: without an entry the call would count as one that left no mark.
     let thread = thread();
-    let known = PENDING.get_ptr(&thread).is_some();
-    // A later mark of the same call waits for no less.
-    if PENDING.insert(&thread, &wait, 0).is_err() {
+    // SAFETY: only this thread writes its entry.
+    let known = unsafe { PENDING.get(&thread) }.copied();
+    // A later mark of the same call waits for no less than the one before.
+    if let Some(known) = known
+        && known.position == held::UNTIL_CLOSED
+        && known.generation == wait.generation
+    {
+        return;
+    }
+    if PENDING.insert(&thread, wait, 0).is_err() {
         note(control, gap::UNGATED);
-    } else if !known {
+    } else if known.is_none() {
         control.increment(control::GATE_PENDING);
     }
+}
+
+/// Notes that an answer went out too early.
+#[inline(always)]
+pub fn note_ungated(control: Control) {
+    note(control, gap::UNGATED);
 }
 
 /// Counts a gap that is not about one inode, and tells it.
@@ -490,26 +545,31 @@ pub fn gate_exit(ctx: BtfTracePointContext) -> i32 {
         return 0;
     }
     let wait = match wait {
-        Some(wait) => wait,
-        None => match required_by_call(control, ctx.arg(0), ctx.arg(1)) {
-            Some(wait) => wait,
-            None => return 0,
-        },
+        Some(wait) => Some(wait),
+        None => required_by_call(control, ctx.arg(0), ctx.arg(1)),
     };
-    if wait.is_over(control) {
-        control.increment(control::GATE_PASSED);
+    let is_held = match wait {
+        None => false,
+        Some(wait) if wait.is_over(control) => {
+            control.increment(control::GATE_PASSED);
+            false
+        }
+        Some(wait) => !look(control, wait, look_ns(control, &wait)),
+    };
+    let wait = match wait {
+        Some(wait) if is_held => wait,
+        _ if workers::is_marked(control) => Wait::of_others(control),
+        _ => return 0,
+    };
+    hold(control, &wait);
+    0
+}
+
+/// How long a thread looks before it is stopped: what takes a checkpoint is not worth a look.
+#[inline(always)]
+fn look_ns(control: Control, wait: &Wait) -> u64 {
+    if wait.position == held::UNTIL_CLOSED || wait.open_word == control::GATE_PROVEN_TO as u64 {
         return 0;
     }
-    // What takes a checkpoint is not worth a look.
-    let limit_ns = if wait.position == held::UNTIL_CLOSED
-        || wait.open_word == control::GATE_PROVEN_TO as u64
-    {
-        0
-    } else {
-        control.read(control::GATE_POLL_NS)
-    };
-    if !look(control, wait, limit_ns) {
-        hold(control, &wait);
-    }
-    0
+    control.read(control::GATE_POLL_NS)
 }

@@ -20,28 +20,31 @@ use twinwrite_abi::{TICK_NS, control, gap, held};
 use crate::config::*;
 use crate::emit::*;
 use crate::gate::{Wait, note, now_ns, thread};
+use crate::workers;
 
 const BPF_F_MMAPABLE: u32 = 1 << 10;
-const BPF_NOEXIST: u64 = 1;
+pub const BPF_NOEXIST: u64 = 1;
 /// `JOBCTL_STOP_PENDING`.
-const STOP_PENDING: u64 = 1 << 17;
+pub const STOP_PENDING: u64 = 1 << 17;
 const SIGCONT: i32 = 18;
-const SIGSTOP: i32 = 19;
+pub const SIGSTOP: i32 = 19;
+/// Its bit in a set of signals.
+const SIGSTOP_BIT: u64 = 1 << (SIGSTOP - 1);
 const SIGTTOU: i32 = 22;
 const EPERM: i32 = 1;
 /// Bound of the attempts; the time limit ends them before.
-const ATTEMPTS_MAX: u32 = 1 << 20;
+pub const ATTEMPTS_MAX: u32 = 1 << 20;
 /// A group is continued within microseconds. A thread that comes just then waits so long for the end
 /// of that.
-const TURN_NS: u64 = 20_000_000;
+pub const TURN_NS: u64 = 20_000_000;
 
 /// Threads stopped before a gate of this host, see `twinwrite_abi::held`.
 #[map]
-static HELD: HashMap<[u64; held::KEY_WORDS], [u64; held::WORDS]> =
+pub static HELD: HashMap<[u64; held::KEY_WORDS], [u64; held::WORDS]> =
     HashMap::with_max_entries(8192, 0);
 /// Their thread groups.
 #[map]
-static HELD_GROUPS: HashMap<u32, [u64; held::GROUP_WORDS]> = HashMap::with_max_entries(8192, 0);
+pub static HELD_GROUPS: HashMap<u32, [u64; held::GROUP_WORDS]> = HashMap::with_max_entries(8192, 0);
 /// Words of the host.
 #[map]
 static HOST: Array<[u64; held::HOST_WORDS]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -55,14 +58,15 @@ fn host_word(word: usize) -> u64 {
     unsafe { core::ptr::read_volatile(words.cast::<u64>().wrapping_add(word)) }
 }
 
+/// Odd while the group is being continued.
 #[inline(always)]
-fn turn(group: u32) -> u64 {
+pub fn turn(group: u32) -> u64 {
     host_word(held::TURNS + (group as usize & (held::TURN_COUNT - 1)))
 }
 
 /// A full memory barrier: what was written before is seen by whoever sees what is read after.
 #[inline(always)]
-fn barrier(control: Control) {
+pub fn barrier(control: Control) {
     core::hint::black_box(control.add(control::GATE_HOLDS, 0));
 }
 
@@ -95,15 +99,9 @@ extern "C" fn stop_once(_: u64, stop: *mut c_void) -> i64 {
         return 0;
     }
     if stop.signalled == 0 {
-        // Not by us: nobody continues a group that others have stopped.
-        stop.group[held::GROUP_SIGNAL] = if is_being_stopped() {
-            SIGSTOP as u64
-        } else {
-            0
-        };
+        stop.group = new_group(stop.group[held::GROUP_STARTED_TICKS]);
     }
-    // The group of another thread stays as it is.
-    let _ = HELD_GROUPS.insert(&number, &stop.group, BPF_NOEXIST);
+    enter_group(number, &stop.group);
     if HELD.insert(&stop.key, &stop.entry, 0).is_err() {
         stop.refused = 1;
         return 1;
@@ -125,7 +123,31 @@ extern "C" fn stop_once(_: u64, stop: *mut c_void) -> i64 {
     i64::from(is_over)
 }
 
-/// Whether somebody else is stopping the running thread group.
+/// Enters a group that is to be held. What another thread of it has entered stays as it is; what is left
+/// of a process that ended, and whose number the group has got, does not.
+#[inline(always)]
+pub fn enter_group(number: u32, group: &[u64; held::GROUP_WORDS]) {
+    let is_other = HELD_GROUPS.get_ptr(&number).is_some_and(|found| {
+        // SAFETY: the map's value.
+        unsafe { (*found)[held::GROUP_STARTED_TICKS] != group[held::GROUP_STARTED_TICKS] }
+    });
+    let flags = if is_other { 0 } else { BPF_NOEXIST };
+    let _ = HELD_GROUPS.insert(&number, group, flags);
+}
+
+/// The record of a group that nobody has entered yet.
+#[inline(always)]
+pub fn new_group(ticks: u64) -> [u64; held::GROUP_WORDS] {
+    // Not by us: nobody continues a group that others have stopped.
+    let signal = if is_being_stopped() {
+        SIGSTOP as u64
+    } else {
+        0
+    };
+    [signal, ticks, 0]
+}
+
+/// Whether somebody else is stopping the running thread group, or has sent it the signal that will.
 #[inline(always)]
 fn is_being_stopped() -> bool {
     // SAFETY: the current task is valid; a fault reads as zero.
@@ -134,6 +156,9 @@ fn is_being_stopped() -> bool {
         let signal: *const u8 = member(task, &TASK_SIGNAL);
         member::<u64>(task, &TASK_JOB_CONTROL) & STOP_PENDING != 0
             || member::<i32>(signal, &SIGNAL_STOP_COUNT) != 0
+            || (member::<u64>(signal, &SIGNAL_PENDING) | member::<u64>(task, &TASK_PENDING))
+                & SIGSTOP_BIT
+                != 0
     }
 }
 
@@ -152,7 +177,7 @@ pub fn hold(control: Control, wait: &Wait) {
             ticks,
             held::STOPPING,
         ],
-        group: [0, ticks],
+        group: [0, ticks, 0],
         _0: 0,
         signalled: 0,
         _1: 0,
@@ -178,11 +203,7 @@ pub fn hold(control: Control, wait: &Wait) {
         stop.entry[held::STATE] = held::STOPPED;
         let _ = HELD.insert(&stop.key, &stop.entry, 0);
         // An agent that has just continued the group may have taken its record away.
-        let _ = HELD_GROUPS.insert(
-            &((stop.key[held::THREAD] >> 32) as u32),
-            &stop.group,
-            BPF_NOEXIST,
-        );
+        enter_group((stop.key[held::THREAD] >> 32) as u32, &stop.group);
         control.increment(control::GATE_HOLDS);
     } else {
         let _ = HELD.remove(&stop.key);
@@ -263,10 +284,14 @@ fn end_turn(group: u32) {
 #[btf_tracepoint(function = "signal_generate")]
 pub fn gate_continued(ctx: BtfTracePointContext) -> i32 {
     let signal: i32 = ctx.arg(0);
+    let task: *const u8 = ctx.arg(2);
+    if signal == SIGSTOP {
+        // SAFETY: the tracepoint's argument.
+        unsafe { workers::tick_has_stopped(task, ctx.arg(1)) };
+    }
     if signal != SIGCONT {
         return 0;
     }
-    let task: *const u8 = ctx.arg(2);
     // SAFETY: the tracepoint's argument.
     if unsafe { held_group(task) }.is_none() {
         return 0;

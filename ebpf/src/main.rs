@@ -23,6 +23,7 @@ mod hold;
 mod names;
 mod server;
 mod sync;
+mod workers;
 mod writeback;
 
 #[cfg(not(test))]

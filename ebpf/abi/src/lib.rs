@@ -216,6 +216,12 @@ pub mod control {
     pub const GATE_FOR_MARK: usize = 102;
     /// Programs: calls that wait for a checkpoint, see [`GATE_PROVEN_TO`].
     pub const PROOFS_WANTED: usize = 103;
+    /// Programs: how many thread groups were marked, so that their threads meet the gate although none of
+    /// them made the call; see [`super::held::GROUP_MARKS`].
+    pub const MARKS: usize = 109;
+    /// Agent: value of [`MARKS`] up to which all marks are over: as long as both are equal, no thread
+    /// has to look whether its group is marked.
+    pub const MARKS_SETTLED: usize = 110;
     /// Agent, before an epoch: not 0 where the kernel can skip a program without a trace in the ring, so
     /// that only a mark, or a proof, tells that nothing before it was missed.
     pub const MAY_SKIP: usize = 107;
@@ -248,15 +254,18 @@ pub mod control {
 /// when the wait began in nanoseconds of the monotonic clock: no key comes twice.
 pub mod held {
     /// Version of the host's maps, part of their names: builds with different ones share none.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
     /// Words of a key.
     pub const KEY_WORDS: usize = 3;
     /// Key: the thread.
     pub const THREAD: usize = 0;
     /// Key: the kernel's number of the volume's device.
     pub const DEVICE: usize = 1;
-    /// Key: when the wait began.
+    /// Key: when the wait began; [`BY_TICK`].
     pub const SINCE_NS: usize = 2;
+    /// Value of [`SINCE_NS`]: the thread waits for nothing itself, and the timer's tick has stopped it for
+    /// the others of its group.
+    pub const BY_TICK: u64 = 0;
 
     /// Value: the ring position that must be passed; [`UNTIL_CLOSED`] if only the end of the epoch
     /// helps.
@@ -274,7 +283,7 @@ pub mod held {
 
     /// The programs may still send the stop signal: the group must not be continued.
     pub const STOPPING: u64 = 0;
-    /// The stop signal is sent.
+    /// The stop signal is sent, or others of the group send it.
     pub const STOPPED: u64 = 1;
     /// Agent: as far as this volume is concerned the thread may go on.
     pub const PASSED: u64 = 2;
@@ -286,8 +295,18 @@ pub mod held {
     pub const GROUP_SIGNAL: usize = 0;
     /// Value of the map of held thread groups: when it began, in clock ticks since boot.
     pub const GROUP_STARTED_TICKS: usize = 1;
+    /// Value of the map of held thread groups: by [`mark_of`] the volumes whose answers a thread of the
+    /// kernel is about to hand to the group. Whatever thread of it is about to run is stopped.
+    pub const GROUP_MARKS: usize = 2;
     /// Words of a value of the map of held thread groups.
-    pub const GROUP_WORDS: usize = 2;
+    pub const GROUP_WORDS: usize = 3;
+
+    /// The bit of [`GROUP_MARKS`] for a volume's device. Two volumes may share one: then a group may be
+    /// stopped for the wrong one as well, which does no harm.
+    #[must_use]
+    pub const fn mark_of(device: u64) -> u64 {
+        1 << (device & 63)
+    }
 
     /// Word of the host: the thread group that continues others, while it does.
     pub const CONTINUER: usize = 0;

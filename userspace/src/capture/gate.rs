@@ -133,7 +133,13 @@ impl Gate {
             proven_to: self.control.get(control::GATE_PROVEN_TO),
             generation: self.control.get(control::GATE_GENERATION),
         };
-        Some(release(&mut self.host, &stand, self.this_process))
+        // Before the entries are read: an entry is made before its mark is counted.
+        let marks = self.control.get(control::MARKS);
+        let held = release(&mut self.host, &stand, self.this_process);
+        if !self.host.entries().iter().any(|(key, _)| self.is_own(key)) {
+            self.control.set(control::MARKS_SETTLED, marks);
+        }
+        Some(held)
     }
 }
 
@@ -165,18 +171,25 @@ impl Stand {
 
 /// Lets a volume's own entries pass, and continues the groups that no volume holds any more.
 fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) -> Held {
-    let mut groups: BTreeMap<u32, Vec<(Key, Entry)>> = BTreeMap::new();
+    // By its start as well: what is left of a process that ended is not the one's that has its number now.
+    let mut groups: BTreeMap<(u32, u64), Vec<(Key, Entry)>> = BTreeMap::new();
     for (key, entry) in maps.entries() {
-        groups.entry(group_of(&key)).or_default().push((key, entry));
+        let group = (group_of(&key), entry[held::STARTED_TICKS]);
+        groups.entry(group).or_default().push((key, entry));
     }
     let mut held = Held::default();
-    for (group, mut entries) in groups {
+    for ((group, started), mut entries) in groups {
+        // Whoever it waited for: that one's agent may not be there.
+        if matches!(find(group, started), Ok(None)) {
+            forget_dead(maps, this_process, group, &entries);
+            continue;
+        }
         if !entries.iter().any(|(key, _)| stand.is_own(key)) {
             continue;
         }
         // It came back to a gate while its record was being taken away.
-        if let (None, Some((_, entry))) = (maps.group(group), entries.first()) {
-            maps.enter_group(group, [0, entry[held::STARTED_TICKS]]);
+        if maps.group(group).is_none() {
+            maps.enter_group(group, [0, started, 0]);
         }
         for (key, entry) in &mut entries {
             if stand.is_own(key) && stand.may_pass(entry) {
@@ -189,10 +202,12 @@ fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) ->
         }
         let passes = |(_, entry): &(Key, Entry)| entry[held::STATE] == held::PASSED;
         if entries.iter().all(passes) {
-            match continue_group(maps, this_process, group, &entries) {
+            match continue_group(maps, this_process, (group, started), &entries) {
                 Ok(true) => {
                     let now_ns = monotonic_ns();
-                    let own = entries.iter().filter(|(key, _)| stand.is_own(key));
+                    let own = entries.iter().filter(|(key, _)| {
+                        stand.is_own(key) && key[held::SINCE_NS] != held::BY_TICK
+                    });
                     let waits = own.map(|(key, _)| now_ns.saturating_sub(key[held::SINCE_NS]));
                     held.waited_ns.extend(waits);
                     continue;
@@ -219,32 +234,42 @@ fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) ->
 fn continue_group(
     maps: &mut impl HeldMaps,
     this_process: (u32, u64),
-    group: u32,
+    (group, started): (u32, u64),
     entries: &[(Key, Entry)],
 ) -> io::Result<bool> {
-    let started = entries
-        .first()
-        .map_or(0, |(_, entry)| entry[held::STARTED_TICKS]);
     // Before the turn begins: threads of the group may have to wait for its end.
     let Some(process) = find(group, started)? else {
-        forget(maps, group, entries);
+        forget_dead(maps, this_process, group, entries);
         return Ok(true);
     };
     maps.in_turn(group, this_process, |maps| {
         let all_known = maps
             .entries()
             .iter()
-            .filter(|(key, _)| group_of(key) == group)
+            .filter(|(key, entry)| group_of(key) == group && entry[held::STARTED_TICKS] == started)
             .all(|(key, _)| entries.iter().any(|(known, _)| known == key));
         if !all_known {
             return Ok(false);
         }
         // Read now: somebody may have stopped it since.
-        let record = maps.group(group).unwrap_or_default();
+        let record = maps
+            .group(group)
+            .filter(|record| record[held::GROUP_STARTED_TICKS] == started)
+            .unwrap_or_default();
         go_on(&process, record[held::GROUP_SIGNAL])?;
         forget(maps, group, entries);
         Ok(true)
     })
+}
+
+/// In a turn: a process that has got the number may just be coming to a gate.
+fn forget_dead(
+    maps: &mut impl HeldMaps,
+    this_process: (u32, u64),
+    group: u32,
+    entries: &[(Key, Entry)],
+) {
+    maps.in_turn(group, this_process, |maps| forget(maps, group, entries));
 }
 
 fn forget(maps: &mut impl HeldMaps, group: u32, entries: &[(Key, Entry)]) {

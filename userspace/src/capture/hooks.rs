@@ -21,6 +21,9 @@ pub enum Need {
     KeepsHeld,
     /// Without it the kernel's NFS server answers too early.
     HoldsReplies,
+    /// Without it a thread that polls an io_uring in user mode may see an answer before the gate has let
+    /// it pass; each is noted as a gap.
+    StopsPolling,
 }
 
 /// How a program hangs on a kernel function.
@@ -109,6 +112,8 @@ pub const HOOKS: &[Hook] = &[
     hook("gap_fallocate_begin", Kind::Entry, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
     hook("gate_reply", Kind::Lsm, "socket_sendmsg", Need::HoldsReplies),
     hook("gate_server_metadata", Kind::ModuleTracepoint, "ext4_nfs_commit_metadata", Need::HoldsReplies),
+    hook("gate_tick", Kind::Tracepoint, "hrtimer_expire_exit", Need::StopsPolling),
+    hook("gap_direct_io_begin", Kind::Entry, "invalidate_inode_pages2_range", Need::Covered),
 ];
 
 const _: () = assert!(HOOKS.len() <= 64);

@@ -358,7 +358,11 @@ fn attach_all(
                 let essential = match hook.need {
                     Need::Always => true,
                     Need::On(filesystem) => filesystem == options.filesystem,
-                    Need::Notices(_) | Need::Covered | Need::KeepsHeld | Need::HoldsReplies => {
+                    Need::Notices(_)
+                    | Need::Covered
+                    | Need::KeepsHeld
+                    | Need::HoldsReplies
+                    | Need::StopsPolling => {
                         false
                     }
                 };

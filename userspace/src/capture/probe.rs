@@ -115,6 +115,11 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
                 false,
                 "the kernel's NFS server answers before the gate on this kernel".to_owned(),
             ),
+            Need::StopsPolling => (
+                false,
+                "who polls an io_uring in user mode may see an answer too early; each ends the epoch"
+                    .to_owned(),
+            ),
         };
         let ok = match hook.kind {
             Kind::ModuleTracepoint => has_symbol(&function),

@@ -214,7 +214,7 @@ fn who_was_stopped_by_others_stays_so_and_is_not_held_any_more() {
     maps.threads.insert(process.key(ONE, 1), waits);
     let by_stop = Signal::STOP.as_raw().unsigned_abs().into();
     maps.groups
-        .insert(process.group(), [by_stop, process.started]);
+        .insert(process.group(), [by_stop, process.started, 0]);
     let held = release(&mut maps, &stand(ONE, 100), THIS);
     assert_eq!(held.remaining, 0);
     assert!(process.is_stopped());
@@ -228,12 +228,53 @@ fn a_process_that_only_got_the_number_is_left_alone() {
     let waits = entry(100, process.started.wrapping_sub(1), held::STOPPED);
     maps.threads.insert(process.key(ONE, 1), waits);
     let held = release(&mut maps, &stand(ONE, 100), THIS);
-    assert_eq!((held.remaining, maps.turns), (0, 0));
+    assert_eq!(held.remaining, 0);
     assert!(
         process.is_stopped(),
         "somebody else's process was continued"
     );
     assert!(maps.threads.is_empty());
+}
+
+#[test]
+fn what_is_left_of_a_dead_process_neither_waits_nor_holds_who_has_its_number() {
+    let process = Stopped::start();
+    let mut maps = Maps::default();
+    let dead = entry(200, process.started.wrapping_sub(1), held::STOPPING);
+    maps.threads.insert(process.key(OTHER, 1), dead);
+    let waits = entry(100, process.started, held::STOPPED);
+    maps.threads.insert(process.key(ONE, 2), waits);
+    maps.groups.insert(process.group(), [0, process.started, 0]);
+    let held = release(&mut maps, &stand(ONE, 99), THIS);
+    assert_eq!((held.remaining, maps.threads.len()), (1, 1));
+    assert!(maps.groups.contains_key(&process.group()));
+    let held = release(&mut maps, &stand(ONE, 100), THIS);
+    assert_eq!((held.remaining, held.waited_ns.len()), (0, 1));
+    process.becomes(false);
+    assert!(maps.threads.is_empty() && maps.groups.is_empty());
+}
+
+#[test]
+fn a_stop_by_the_tick_goes_with_the_thread_that_waits_and_counts_no_wait() {
+    let process = Stopped::start();
+    let mut maps = Maps::default();
+    let by_tick = entry(0, process.started, held::STOPPING);
+    let key = process.key(ONE, held::BY_TICK);
+    maps.threads.insert(key, by_tick);
+    maps.threads.insert(
+        process.key(ONE, 2),
+        entry(100, process.started, held::STOPPED),
+    );
+    // Its signal may still be on the way.
+    let held = release(&mut maps, &stand(ONE, 100), THIS);
+    assert_eq!(held.remaining, 1);
+    assert!(process.is_stopped());
+    maps.threads
+        .insert(key, entry(0, process.started, held::STOPPED));
+    let held = release(&mut maps, &stand(ONE, 100), THIS);
+    assert_eq!((held.remaining, held.waited_ns.len()), (0, 1));
+    process.becomes(false);
+    assert!(maps.threads.is_empty() && maps.groups.is_empty());
 }
 
 #[test]
