@@ -10,9 +10,9 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use twinwrite_tests::check::{Expectations, check};
 use twinwrite_tests::stream::write::Options;
-use twinwrite_tests::{ahead, overwrite, settled, sqlite, stream, walk};
+use twinwrite_tests::{ahead, overwrite, settled, sqlite, stream, uring, walk};
 
-/// Workloads, and the oracle that says what a crash took from them. Only `overwrite`, `ahead`, and `stream`
+/// Workloads, and the oracle that says what a crash took from them. Only `overwrite`, `uring`, `ahead`, and `stream`
 /// with `--confirm-every`, ask for durability.
 ///
 /// Exit status: 0 all is as it should be, 1 a difference was found, 2 it could not be carried out.
@@ -59,6 +59,8 @@ enum Command {
     Stream(StreamArguments),
     /// Overwrites a block with numbers, asks for durability, and notes what was answered
     Overwrite(OverwriteArguments),
+    /// Does the same through an io_uring, and notes each number before it and once it saw the answer
+    Uring(UringArguments),
     /// Prints the number that such a block holds
     Overwritten {
         /// The file
@@ -132,6 +134,25 @@ struct OverwriteArguments {
     /// Do not ask for durability
     #[arg(long)]
     no_sync: bool,
+}
+
+#[derive(Args)]
+struct UringArguments {
+    /// The file, on the volume
+    #[arg(long)]
+    file: PathBuf,
+    /// Where to note the numbers (not on the volume)
+    #[arg(long)]
+    log: PathBuf,
+    /// How to write, and to wait
+    #[arg(long)]
+    way: uring::Way,
+    /// How many numbers
+    #[arg(long, default_value_t = u64::MAX)]
+    count: u64,
+    /// Try nothing while this file is there
+    #[arg(long)]
+    pause: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -243,6 +264,14 @@ fn run(command: Command) -> anyhow::Result<bool> {
                 "longest_us": summary.longest_us,
             });
             say(&summary.to_string())?;
+        }
+        Command::Uring(arguments) => {
+            let options = uring::Options {
+                way: arguments.way,
+                count: arguments.count,
+                pause: arguments.pause,
+            };
+            uring::run(&arguments.file, &arguments.log, &options)?;
         }
         Command::Overwritten { file } => say(&overwrite::found(&file)?.to_string())?,
         Command::Check {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 
 /// Bytes of the block.
-const BLOCK_BYTES: usize = 4096;
+pub(crate) const BLOCK_BYTES: usize = 4096;
 
 /// What to do.
 #[derive(Clone, Copy, Debug)]
@@ -37,12 +37,12 @@ pub struct Summary {
     pub longest_us: u64,
 }
 
-fn file_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+pub(crate) fn file_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::File { what, path, source }
 }
 
-fn block(number: u64) -> Vec<u8> {
+pub(crate) fn block(number: u64) -> Vec<u8> {
     number.to_le_bytes().repeat(BLOCK_BYTES / 8)
 }
 

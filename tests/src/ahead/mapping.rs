@@ -1,5 +1,4 @@
-//! A file mapped for sharing. The only place of this package with unsafe code: there is no safe way
-//! to store through a mapping.
+//! A file mapped for sharing. Unsafe code, because there is no safe way to store through a mapping.
 
 use std::fs::File;
 use std::num::NonZeroUsize;

@@ -12,6 +12,7 @@ mod control_loses_unflushed;
 mod disk_ahead;
 mod gate;
 mod gate_nfs;
+mod gate_uring;
 mod interconnect_cut;
 mod killed_in_replay;
 mod lab_survives;
@@ -154,6 +155,24 @@ pub const ALL: &[Scenario] = &[
         80,
         Alone(gate::two_volumes),
         "a process that waits for two volumes goes on when both let it, with the next agent, too",
+    ),
+    scenario(
+        "gate_uring",
+        120,
+        Alone(gate_uring::run),
+        "what an io_uring confirms waits at the gate, whoever of the process looks for it, and survives",
+    ),
+    scenario(
+        "gate_uring_6_1",
+        120,
+        Alone(gate_uring::on_6_1),
+        "the same on Linux 6.1",
+    ),
+    scenario(
+        "gate_uring_preempt",
+        120,
+        Alone(gate_uring::preempted),
+        "the same on a kernel that preempts itself",
     ),
     scenario(
         "gate_two_processors",
