@@ -362,9 +362,7 @@ fn attach_all(
                     | Need::Covered
                     | Need::KeepsHeld
                     | Need::HoldsReplies
-                    | Need::StopsPolling => {
-                        false
-                    }
+                    | Need::StopsPolling => false,
                 };
                 if essential {
                     let (program, hook) = (hook.program, hook.function);
