@@ -96,6 +96,13 @@ impl<'a> Process<'a> {
         Ok(last.next().unwrap_or("0").trim().parse()?)
     }
 
+    /// What it had begun when it was paused is over.
+    fn rests(&self) -> Result<()> {
+        until(self.lab, &format!("{} rests", self.way), LIMIT, || {
+            Ok(self.last("tried")? == self.last("seen")?)
+        })
+    }
+
     fn goes_on(&self) -> Result<()> {
         let before = self.last("seen")?;
         until(self.lab, &format!("{} goes on", self.way), LIMIT, || {
@@ -156,6 +163,9 @@ fn all_ways(lab: &Lab) -> Result<()> {
     lab.wait(A, AwaitedState::Protected, LIMIT)?;
     let before = ungated()?;
     for processes in [&syncing, &direct] {
+        for process in processes {
+            process.rests()?;
+        }
         all_mirrored(lab, A)?;
         let seen = without_agent(lab, processes)?;
         for process in processes {
