@@ -6,6 +6,7 @@ use twinwrite::cluster::claim::{BootId, Phase};
 use twinwrite::cluster::liveness::{Beat, Change, Limits, Liveness};
 use twinwrite::cluster::mailbox::AgentState;
 use twinwrite::cluster::ownership::{Decision, Facts, LiveAnswer, decide, first_word};
+use twinwrite::cluster::standing::{Slot, is_not_outbid};
 use twinwrite::cluster::takeover::{Cause, Stamp, Takeover};
 use twinwrite::ids::NodeId;
 use twinwrite::status::PeerState;
@@ -331,12 +332,29 @@ impl World {
         Keeping::TakingOver(Box::new(Progressing::new(takeover, rebooted)))
     }
 
+    /// Says a node's words once more, then reads its peer's slot; `None` if it does not reach the mailbox.
+    pub fn say_and_look(&mut self, node: usize) -> Option<Slot> {
+        let agent = self.machines[node].agent.as_mut()?;
+        agent.ledger.say_and_look(&mut self.mailbox).ok()
+    }
+
+    /// Whether the peer has claimed the volume since this node said that it serves it.
+    fn is_outbid(&mut self, node: usize) -> Option<bool> {
+        let now = self.say_and_look(node)?;
+        let own = self.machines[node].agent.as_ref()?.ledger.claim();
+        Some(own.is_some_and(|own| is_not_outbid(&own, VOLUME, &now).is_err()))
+    }
+
     fn serve(&mut self, node: usize, proven: bool) -> Keeping {
         if self.leaving(node).is_some() {
             return self.leave(node);
         }
         if self.machines[node].kernel.is_none() {
-            self.mount(node);
+            match self.is_outbid(node) {
+                Some(false) => self.mount(node),
+                Some(true) => return self.leave(node),
+                None => return Keeping::Mounting { proven },
+            }
         }
         let kernel = self.machines[node].kernel.as_ref();
         let held = kernel.is_some_and(|kernel| kernel.attached);

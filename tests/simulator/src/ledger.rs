@@ -6,6 +6,7 @@ use twinwrite::cluster::claim::{BootId, EpochState, VolumeClaim};
 use twinwrite::cluster::liveness::{MailboxLook, Told};
 use twinwrite::cluster::mailbox::{AgentState, NodeReport, SlotError, look_at, word_of};
 use twinwrite::cluster::ownership::{Decision, Doubt, Facts, OwnWord, Word, first_word};
+use twinwrite::cluster::standing::Slot;
 use twinwrite::ids::NodeId;
 use zerocopy::IntoBytes as _;
 
@@ -161,6 +162,17 @@ impl Ledger {
     /// The peer's whole report, as last read.
     pub fn peer_report(&self) -> Option<&NodeReport> {
         self.slots[1 - self.node].as_ref().ok()
+    }
+
+    /// The peer's slot, as the last heartbeat read it.
+    pub fn peer_slot(&self) -> &Slot {
+        &self.slots[1 - self.node]
+    }
+
+    /// Says this node's words once more, then reads the peer's slot.
+    pub fn say_and_look(&mut self, mailbox: &mut Mailbox) -> Result<Slot, NotGiven> {
+        self.write(mailbox)?;
+        Ok(mailbox.read(1 - self.node))
     }
 
     /// This node's boot.

@@ -2,6 +2,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use twinwrite::faults::Fault as CoreFault;
+
 use crate::applications::Taste;
 use crate::fault::Fault;
 use crate::kernel::MAX_BLOCKS;
@@ -53,6 +55,7 @@ impl Plan {
             lag_limit_us: [2_000, 500_000, 3_000_000][random.below(3)],
             checkpoint_age_us: [500, 5_000, 1_000_000][random.below(3)],
             lazy_syncfs: random.chance(40),
+            births: true,
             has_fence: random.chance(85),
             taste,
         };
@@ -65,7 +68,13 @@ impl Plan {
     /// Runs it.
     pub fn run(&self, fault: Option<Fault>, listen: bool) -> Outcome {
         Fault::inject(fault);
-        let mut world = World::new(self.setting, fault, listen);
+        // Volumes without times of birth are refused: with them nothing depends on the look at the victim.
+        let needs_no_births = fault == Some(Fault::Core(CoreFault::VictimUnchecked));
+        let setting = Setting {
+            births: self.setting.births && !needs_no_births,
+            ..self.setting
+        };
+        let mut world = World::new(setting, fault, listen);
         let mut violation = None;
         for (index, step) in self.steps.iter().enumerate() {
             let ran = catch_unwind(AssertUnwindSafe(|| world.run_step(step)));

@@ -7,7 +7,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use twinwrite::cluster::claim::{EpochState, Phase, VolumeClaim};
+use twinwrite::cluster::mailbox::word_of;
 use twinwrite::cluster::ownership::Word;
+use twinwrite::cluster::standing::{Slot, claim_of, is_fenced, is_not_outbid};
 use twinwrite::cluster::takeover::{
     Claimed, Fenced, Judged, Judgement, Merged, Mounted as MountedProof, Progress, Replayed,
     Revoked, Saved, Settled, Stamp, StepError, StepResult, Takeover, TakeoverDriver,
@@ -48,6 +50,8 @@ struct Memory {
     before: Option<crate::image::Image>,
     /// The machine died in this step.
     died: bool,
+    /// Phase of the word from which this node, which owns the volume, took it over for itself.
+    owned: Option<Phase>,
     /// The oracle has had its say.
     checked: bool,
 }
@@ -141,6 +145,10 @@ impl World {
                 Keeping::Mounting { proven: true }
             }
             Some(Progress::Stepped) => Keeping::TakingOver(progressing),
+            Some(Progress::Fallen) => {
+                say!(self, "{}: the takeover is over: {error:?}", name(node));
+                Keeping::Deciding
+            }
             _ => {
                 if let Some(error) = error {
                     say!(self, "{}: the takeover stops: {error}", name(node));
@@ -163,6 +171,51 @@ impl Driver<'_> {
             }
         }
         known
+    }
+
+    /// The same, and what the peer's slot says now.
+    fn known_and(&self, now: &Slot) -> Vec<VolumeClaim> {
+        let mut known = self.known();
+        if let Word::Says(claim) = word_of(now, VOLUME) {
+            known.push(claim);
+        }
+        known
+    }
+
+    fn own(&self) -> Option<VolumeClaim> {
+        self.world.machines[self.node]
+            .agent
+            .as_ref()?
+            .ledger
+            .claim()
+    }
+
+    fn say_and_look(&mut self) -> StepResult<Slot> {
+        match self.world.say_and_look(self.node) {
+            Some(slot) => Ok(slot),
+            None => failed("the mailbox is not reached"),
+        }
+    }
+
+    /// Whether the peer has claimed the volume since this node did.
+    fn look_again(&mut self) -> StepResult {
+        let now = self.say_and_look()?;
+        match self.own() {
+            Some(own) => Ok(is_not_outbid(&own, VOLUME, &now)?),
+            None => Ok(()),
+        }
+    }
+
+    /// What this node took over for itself and has not mounted waits again as it did before.
+    fn give_back_to_itself(&mut self, now: &Slot) -> StepResult<bool> {
+        let waited = |phase: &Phase| matches!(phase, Phase::Unmerged | Phase::Settled);
+        let Some(phase) = self.memory.owned.filter(waited) else {
+            return Ok(false);
+        };
+        let claim = VolumeClaim::change(node_id(self.node), phase, &self.known_and(now));
+        self.publish(&claim)?;
+        self.memory.owned = None;
+        Ok(true)
     }
 
     fn last_word(&self) -> (Epoch, EpochState) {
@@ -254,6 +307,7 @@ impl Driver<'_> {
             version: &mut world.version,
             budget,
             lazy: world.setting.lazy_syncfs,
+            births: world.setting.births,
         };
         let outcome = match apply_to(&planned, &mut mounted, &mut |_| ()) {
             Ok(outcome) => outcome,
@@ -294,6 +348,7 @@ impl Driver<'_> {
                 version: &mut world.version,
                 budget: None,
                 lazy: world.setting.lazy_syncfs,
+                births: world.setting.births,
             };
             let _ = tidy_on(&mut mounted, &outcome);
         }
@@ -372,11 +427,13 @@ impl TakeoverDriver for Driver<'_> {
             return failed("the peer is heard again");
         }
         let own = agent.ledger.claim();
-        if own.is_some_and(|c| c.owner == node_id(self.node) && c.phase != Phase::Settled) {
-            return Ok(());
+        let now = self.say_and_look()?;
+        if let Some(claim) = claim_of(&node_id(self.node), own.as_ref(), &self.known_and(&now))? {
+            let own = own.filter(|own| own.owner == claim.owner);
+            self.memory.owned = self.memory.owned.or(own.map(|own| own.phase));
+            self.publish(&claim)?;
         }
-        let claim = VolumeClaim::change(node_id(self.node), Phase::Claiming, &self.known());
-        self.publish(&claim)
+        self.look_again()
     }
 
     async fn fence(&mut self, _: &Claimed) -> StepResult {
@@ -389,7 +446,19 @@ impl TakeoverDriver for Driver<'_> {
         Ok(())
     }
 
-    async fn claim_merging(&mut self, _: &Fenced) -> StepResult {
+    async fn claim_merging(&mut self, fenced: &Fenced) -> StepResult {
+        let Some(agent) = &self.world.machines[self.node].agent else {
+            return failed("no agent");
+        };
+        let (judged, own) = (agent.ledger.peer_slot().clone(), agent.ledger.claim());
+        let now = self.say_and_look()?;
+        let Some(own) = own else {
+            return failed("there is no claim");
+        };
+        if let Err(fallen) = is_fenced(fenced.by(), &own, VOLUME, &judged, &now) {
+            self.give_back_to_itself(&now)?;
+            return Err(fallen.into());
+        }
         if self
             .world
             .update_claim(self.node, |claim| claim.phase = Phase::Merging)
@@ -427,6 +496,7 @@ impl TakeoverDriver for Driver<'_> {
 
     async fn mount(&mut self, _: &Saved) -> StepResult {
         if self.world.machines[self.node].kernel.is_none() {
+            self.look_again()?;
             self.world.mount(self.node);
         }
         let kernel = self.world.machines[self.node].kernel.as_ref();
@@ -483,7 +553,12 @@ impl TakeoverDriver for Driver<'_> {
     }
 
     async fn withdraw(&mut self) -> StepResult {
-        let claim = VolumeClaim::change(node_id(1 - self.node), Phase::Settled, &self.known());
+        let now = self.say_and_look()?;
+        if self.give_back_to_itself(&now)? {
+            return Ok(());
+        }
+        let known = self.known_and(&now);
+        let claim = VolumeClaim::change(node_id(1 - self.node), Phase::Settled, &known);
         self.publish(&claim)
     }
 }

@@ -23,6 +23,8 @@ pub struct Mounted<'a> {
     pub budget: Option<usize>,
     /// A sync writes back and commits, and does not flush.
     pub lazy: bool,
+    /// The file system tells when an inode was made.
+    pub births: bool,
 }
 
 fn error(what: &str, code: i32) -> VolumeError {
@@ -86,7 +88,7 @@ impl Volume for Mounted<'_> {
             gid: 0,
             size: node.size_bytes(),
             mtime_ns: node.mtime_ns.value,
-            born_ns: Some(node.made as i64),
+            born_ns: self.births.then_some(node.made as i64),
         }))
     }
 

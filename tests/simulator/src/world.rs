@@ -40,6 +40,8 @@ pub struct Setting {
     pub checkpoint_age_us: u64,
     /// A syncfs writes back and does not flush, as XFS may.
     pub lazy_syncfs: bool,
+    /// The file system tells when an inode was made.
+    pub births: bool,
     /// A fence command is configured.
     pub has_fence: bool,
     /// What applications like to do.

@@ -23,6 +23,7 @@ use crate::cluster::ownership::{
     Decision, Facts, LiveAnswer, decide, first_word, is_claimed_by_peer,
 };
 use crate::cluster::questions::Question;
+use crate::cluster::standing::is_not_outbid;
 use crate::cluster::takeover::{Cause, Progress, Stamp, Takeover, TakeoverDriver as _};
 use crate::config::{MountBy, Volume};
 use crate::durability::closing::Proven;
@@ -321,6 +322,12 @@ impl Keeper {
                     self.unproven.set(false);
                     return Next::Serve;
                 }
+                Progress::Fallen => {
+                    let reason = takeover.status().error.clone().unwrap_or_default();
+                    self.say(Role::None, Protection::Suspended, &reason);
+                    self.node.pause(DECIDE_EVERY);
+                    return Next::Decide;
+                }
                 Progress::WaitsForPerson | Progress::Stopped => {
                     let error = takeover.status().error.clone().unwrap_or_default();
                     self.say(Role::Mirror, Protection::Suspended, &error);
@@ -406,19 +413,43 @@ impl Keeper {
         own.is_some_and(|own| is_claimed_by_peer(&own, &self.node.id, &peer))
     }
 
+    /// Whether the peer claims the volume. Before this node mounts it the answer is read from the
+    /// device, after this node's own word was written there.
+    fn is_outbid(&self) -> anyhow::Result<bool> {
+        let (ledger, name) = (&self.node.ledger, &self.volume.name);
+        if self.is_claimed_away() {
+            return Ok(true);
+        }
+        if !matches!(mounts::find(&self.volume)?, MountState::NotMounted) {
+            return Ok(false);
+        }
+        let now = ledger.say_and_look()?;
+        let own = ledger.claim(name);
+        Ok(own.is_some_and(|own| is_not_outbid(&own, name, &now).is_err()))
+    }
+
+    fn serve_later(&self, error: &anyhow::Error) -> Next {
+        self.say(Role::Owner, Protection::Suspended, &format!("{error:#}"));
+        self.node.pause(DECIDE_EVERY);
+        Next::Serve
+    }
+
     fn serve(&self) -> Next {
         let name = &self.volume.name;
         if let Err(error) = Capture::claim(name) {
             tracing::error!(volume = %name, "{error}");
         }
-        if self.is_claimed_away() {
-            self.leave_the_volume();
-            return Next::Decide;
+        match self.is_outbid() {
+            Ok(false) => {}
+            Ok(true) => {
+                self.leave_the_volume();
+                self.node.pause(DECIDE_EVERY);
+                return Next::Decide;
+            }
+            Err(error) => return self.serve_later(&error),
         }
         if let Err(error) = self.mount_and_prove() {
-            self.say(Role::Owner, Protection::Suspended, &format!("{error:#}"));
-            self.node.pause(DECIDE_EVERY);
-            return Next::Serve;
+            return self.serve_later(&error);
         }
         if self.untold.take()
             && self.board.words().takeover.is_none()

@@ -18,6 +18,7 @@ use crate::cluster::mailbox::{
     AgentState, Mailbox, MailboxError, NodeReport, SlotError, look_at, word_of,
 };
 use crate::cluster::ownership::{Decision, Doubt, Facts, OwnWord, Word, first_word};
+use crate::cluster::standing::Slot;
 use crate::cluster::table::{Table, TableError};
 use crate::ids::NodeId;
 
@@ -194,6 +195,25 @@ impl Ledger {
             .slots
             .get(self.peer_index)
             .and_then(|slot| slot.as_ref().ok().cloned())
+    }
+
+    /// The peer's slot, as the last heartbeat read it.
+    pub fn peer_slot(&self) -> Slot {
+        let inner = lock(&self.inner);
+        let slot = inner.slots.get(self.peer_index).cloned();
+        slot.unwrap_or(Err(SlotError::Blank))
+    }
+
+    /// Says this node's words once more and then reads the peer's slot: what is decided from it is decided
+    /// after the peer could read them. What the last heartbeat read stays what the peer is judged by.
+    ///
+    /// # Errors
+    /// When the mailbox cannot be written or read.
+    pub fn say_and_look(&self) -> Result<Slot, LedgerError> {
+        let mailbox = lock(&self.mailbox);
+        self.write(&mailbox)?;
+        let slot = mailbox.read()?.into_iter().nth(self.peer_index);
+        Ok(slot.unwrap_or(Err(SlotError::Blank)))
     }
 
     /// What this node says of a volume now.

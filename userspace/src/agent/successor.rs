@@ -21,11 +21,13 @@ use super::unmounted::was_unmounted;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::command;
 use crate::cluster::fence::fence;
+use crate::cluster::mailbox::word_of;
 use crate::cluster::mounts::{self, MountState};
 use crate::cluster::ownership::Word;
+use crate::cluster::standing::{Fallen, Slot, claim_of, is_fenced, is_not_outbid};
 use crate::cluster::takeover::{
-    Claimed, Fenced, Judged, Judgement, Merged, Mounted, Replayed, Revoked, Saved, Settled, Stamp,
-    StepResult, TakeoverDriver,
+    Claimed, Fenced, FencedBy, Judged, Judgement, Merged, Mounted, Replayed, Revoked, Saved,
+    Settled, Stamp, StepResult, TakeoverDriver,
 };
 use crate::cluster::words::{OwnerWord, RegionWord, Ruling, SentinelWord, Words};
 use crate::config::Volume;
@@ -51,6 +53,8 @@ pub struct Successor {
     unmounted: bool,
     /// Epoch of the region that was saved, once judged; 0: none.
     held: Epoch,
+    /// Phase of the word from which this node, which owns the volume, took it over for itself.
+    owned: Option<Phase>,
 }
 
 /// Where the copies of a volume's regions are kept.
@@ -69,6 +73,7 @@ impl Successor {
             sentinel: None,
             unmounted: false,
             held: Epoch(0),
+            owned: None,
         }
     }
 
@@ -89,6 +94,75 @@ impl Successor {
             }
         }
         known
+    }
+
+    /// The same, and what the peer's slot says now.
+    fn known_and(&self, now: &Slot) -> Vec<VolumeClaim> {
+        let mut known = self.known();
+        if let Word::Says(claim) = word_of(now, &self.volume.name) {
+            known.push(claim);
+        }
+        known
+    }
+
+    /// Claims the volume, and looks whether the peer did so at the same time.
+    fn claim_it(&mut self) -> anyhow::Result<Result<(), Fallen>> {
+        let (ledger, name) = (&self.node.ledger, &self.volume.name);
+        let own = ledger.claim(name);
+        let now = ledger.say_and_look()?;
+        match claim_of(&self.node.id, own.as_ref(), &self.known_and(&now)) {
+            Ok(Some(claim)) => {
+                let own = own.filter(|own| own.owner == claim.owner);
+                self.owned = self.owned.or(own.map(|own| own.phase));
+                ledger.publish(name, &claim)?;
+            }
+            Ok(None) => {}
+            Err(fallen) => return Ok(Err(fallen)),
+        }
+        self.look_again()
+    }
+
+    /// Whether the peer has claimed the volume since this node did.
+    fn look_again(&self) -> anyhow::Result<Result<(), Fallen>> {
+        let (ledger, name) = (&self.node.ledger, &self.volume.name);
+        let now = ledger.say_and_look()?;
+        let own = ledger.claim(name);
+        Ok(own.map_or(Ok(()), |own| is_not_outbid(&own, name, &now)))
+    }
+
+    /// Whether the fence holds; if so this node merges from here on.
+    fn claim_merging_it(&mut self, by: FencedBy) -> anyhow::Result<Result<(), Fallen>> {
+        let (ledger, name) = (&self.node.ledger, &self.volume.name);
+        let (judged, now) = (ledger.peer_slot(), ledger.say_and_look()?);
+        let own = ledger.claim(name).context("there is no claim")?;
+        if let Err(fallen) = is_fenced(by, &own, name, &judged, &now) {
+            self.give_back_to_itself(&now)?;
+            return Ok(Err(fallen));
+        }
+        ledger.update(name, |claim| claim.phase = Phase::Merging)?;
+        Ok(Ok(()))
+    }
+
+    /// What this node took over for itself and has not mounted waits again as it did before.
+    fn give_back_to_itself(&mut self, now: &Slot) -> anyhow::Result<bool> {
+        let waited = |phase: &Phase| matches!(phase, Phase::Unmerged | Phase::Settled);
+        let Some(phase) = self.owned.filter(waited) else {
+            return Ok(false);
+        };
+        let claim = VolumeClaim::change(self.node.id.clone(), phase, &self.known_and(now));
+        self.node.ledger.publish(&self.volume.name, &claim)?;
+        self.owned = None;
+        Ok(true)
+    }
+
+    fn withdraw_it(&mut self) -> anyhow::Result<()> {
+        let now = self.node.ledger.say_and_look()?;
+        if self.give_back_to_itself(&now)? {
+            return Ok(());
+        }
+        let known = self.known_and(&now);
+        let claim = VolumeClaim::change(self.node.peer.clone(), Phase::Settled, &known);
+        Ok(self.node.ledger.publish(&self.volume.name, &claim)?)
     }
 
     /// The epoch the region may be of, as far as anybody said, and whether it was closed.
@@ -145,12 +219,15 @@ impl Successor {
         Ok(())
     }
 
-    fn mount_it(&mut self) -> anyhow::Result<()> {
+    fn mount_it(&mut self) -> anyhow::Result<Result<(), Fallen>> {
         let found = mounts::find(&self.volume)?;
         self.look_for_unmount(!matches!(found, MountState::NotMounted))?;
         match found {
             MountState::Mounted(_) => {}
             MountState::NotMounted => {
+                if let Err(fallen) = self.look_again()? {
+                    return Ok(Err(fallen));
+                }
                 std::fs::create_dir_all(&self.volume.mount_point)?;
                 mounts::mount(&self.volume)?;
             }
@@ -158,7 +235,7 @@ impl Successor {
                 mounts::require_mounted(&self.volume)?;
             }
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// The epoch this takeover writes when it has finished.
@@ -408,13 +485,7 @@ impl TakeoverDriver for Successor {
         if !unmerged && matches!(state, PeerState::Alive | PeerState::LinkSilent) {
             return Err(anyhow!("node {} is heard again", self.node.peer).into());
         }
-        let own = self.node.ledger.claim(&self.volume.name);
-        if own.is_some_and(|c| c.owner == self.node.id && c.phase != Phase::Settled) {
-            return Ok(());
-        }
-        let known = self.known();
-        let claim = VolumeClaim::change(self.node.id.clone(), Phase::Claiming, &known);
-        blocking(|| Ok(self.node.ledger.publish(&self.volume.name, &claim)?))
+        Ok(blocking(|| self.claim_it())??)
     }
 
     async fn fence(&mut self, _: &Claimed) -> StepResult {
@@ -425,13 +496,8 @@ impl TakeoverDriver for Successor {
         Ok(())
     }
 
-    async fn claim_merging(&mut self, _: &Fenced) -> StepResult {
-        let node = &self.node;
-        blocking(|| {
-            Ok(node
-                .ledger
-                .update(&self.volume.name, |c| c.phase = Phase::Merging)?)
-        })
+    async fn claim_merging(&mut self, fenced: &Fenced) -> StepResult {
+        Ok(blocking(|| self.claim_merging_it(fenced.by()))??)
     }
 
     async fn revoke(&mut self, _: &Fenced) -> StepResult {
@@ -444,7 +510,7 @@ impl TakeoverDriver for Successor {
     }
 
     async fn mount(&mut self, _: &Saved) -> StepResult {
-        blocking(|| self.mount_it())
+        Ok(blocking(|| self.mount_it())??)
     }
 
     async fn judge(&mut self, _: &Mounted) -> StepResult<Judgement> {
@@ -465,8 +531,6 @@ impl TakeoverDriver for Successor {
     }
 
     async fn withdraw(&mut self) -> StepResult {
-        let known = self.known();
-        let claim = VolumeClaim::change(self.node.peer.clone(), Phase::Settled, &known);
-        blocking(|| Ok(self.node.ledger.publish(&self.volume.name, &claim)?))
+        blocking(|| self.withdraw_it())
     }
 }

@@ -18,6 +18,7 @@ use std::fmt;
 use std::future::Future;
 use std::time::Duration;
 
+use super::standing::Fallen;
 use crate::events::Event;
 use crate::ids::NodeId;
 use crate::status::{PeerState, TakeoverStatus, TakeoverStep};
@@ -110,14 +111,15 @@ pub trait TakeoverDriver: Send {
     /// Tells the event log.
     fn report(&mut self, event: Event);
 
-    /// Writes the claim with `Phase::Claiming`: table first, then mailbox. Fails if the mailbox
-    /// cannot be written, or if the peer's slot was heard meanwhile.
+    /// Writes the claim that [`super::standing::claim_of`] makes: table first, then mailbox. Fails if the
+    /// mailbox cannot be written, if the peer's slot was heard meanwhile, or with [`Fallen`].
     fn claim(&mut self) -> impl Future<Output = StepResult> + Send;
 
     /// Runs the fence command.
     fn fence(&mut self, claimed: &Claimed) -> impl Future<Output = StepResult> + Send;
 
-    /// Writes the claim with `Phase::Merging`: from here on it is not withdrawn.
+    /// Looks whether the claim still stands behind this fence, and writes it with `Phase::Merging`:
+    /// from here on it is not withdrawn. Fails with [`Fallen`] where it does not stand.
     fn claim_merging(&mut self, fenced: &Fenced) -> impl Future<Output = StepResult> + Send;
 
     /// Destroys the queue pair and the memory registration.
@@ -126,7 +128,7 @@ pub trait TakeoverDriver: Send {
     /// Copies the region to the local disk, unless a whole copy of it is there.
     fn save_region(&mut self, revoked: &Revoked) -> impl Future<Output = StepResult> + Send;
 
-    /// Mounts the volume.
+    /// Mounts the volume, unless the peer has claimed it meanwhile ([`Fallen`]).
     fn mount(&mut self, saved: &Saved) -> impl Future<Output = StepResult> + Send;
 
     /// Reads the sentinel and scans the saved region.
@@ -227,7 +229,7 @@ impl Takeover {
 
     /// A takeover that an earlier agent of this node had brought to `Phase::Merging`: the owner was
     /// fenced then, and the volume may be mounted here, so it is not withdrawn and fences nobody
-    /// again.
+    /// again. (The fence holds over reboots of this node, too: see `standing`.)
     #[must_use]
     pub fn resumed(volume: &str, from: &NodeId, detected: (Stamp, Duration)) -> Self {
         let mut takeover = Self::new(volume, from, Cause::OwnerDead, true, detected);
@@ -363,8 +365,10 @@ impl Takeover {
             error: error.clone(),
         });
         self.status.error = error.map(|error| format!("{name}: {error}"));
-        let Ok(next) = next else {
-            return Progress::Stopped;
+        let next = match next {
+            Ok(next) => next,
+            Err(error) if error.is::<Fallen>() => return Progress::Fallen,
+            Err(_) => return Progress::Stopped,
         };
         let Some(next) = next else {
             return self.ask(driver);

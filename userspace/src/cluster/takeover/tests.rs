@@ -10,6 +10,7 @@ struct Fake {
     calls: Vec<&'static str>,
     events: Vec<Event>,
     fails: Option<&'static str>,
+    falls: Option<&'static str>,
     judgement: Judgement,
     fenced_by: Option<FencedBy>,
     ms: u64,
@@ -21,6 +22,7 @@ impl Fake {
             calls: Vec::new(),
             events: Vec::new(),
             fails: None,
+            falls: None,
             judgement: Judgement::Merge,
             fenced_by: None,
             ms: 0,
@@ -30,7 +32,9 @@ impl Fake {
     fn call(&mut self, name: &'static str) -> StepResult {
         self.calls.push(name);
         self.ms += 10;
-        if self.fails == Some(name) {
+        if self.falls == Some(name) {
+            Err(Fallen::Lives.into())
+        } else if self.fails == Some(name) {
             Err(format!("{name} is broken").into())
         } else {
             Ok(())
@@ -328,4 +332,21 @@ async fn words_that_contradict_each_other_wait_for_a_person_who_gives_the_region
     assert_eq!(takeover.run(&mut driver).await, Progress::Serving);
     assert!(!driver.calls.contains(&"replay"));
     assert!(takeover.loss_unknown() && takeover.status().error.is_none());
+}
+
+#[tokio::test]
+async fn a_claim_that_has_fallen_ends_the_takeover_before_its_next_step() {
+    for (falls, behind) in [
+        ("claim", "fence"),
+        ("claim_merging", "revoke"),
+        ("mount", "judge"),
+    ] {
+        let (mut driver, mut takeover) = (Fake::new(), takeover(Cause::OwnerDead, true));
+        driver.falls = Some(falls);
+        assert_eq!(takeover.run(&mut driver).await, Progress::Fallen);
+        assert_eq!(driver.calls.last(), Some(&falls));
+        assert!(!driver.calls.contains(&behind));
+        let error = takeover.status().error.clone().unwrap();
+        assert!(error.contains("sign of life"), "{error}");
+    }
 }

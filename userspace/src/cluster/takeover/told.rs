@@ -105,6 +105,8 @@ pub enum Progress {
     WaitsForPerson,
     /// A step failed; the next call tries it again.
     Stopped,
+    /// This node's claim does not stand: this takeover is over, and ownership is decided again.
+    Fallen,
     /// This node serves the volume.
     Serving,
 }
