@@ -100,17 +100,27 @@ fn sync(
             Some(directory) => Scope::Full(directory),
             None => return,
         },
-        dice => match (random.pick(files), dice) {
+        dice => match (random.pick(files), kernel.stored) {
             (None, _) => return,
-            (Some(file), 3..=5) => Scope::Full(file),
-            (Some(file), 6..=7) => Scope::Data(file),
+            // Whoever stores to a page wants it confirmed.
+            (Some(_), Some((file, index))) if random.chance(40) => {
+                file_scope(dice, file, index, index + 1)
+            }
             (Some(file), _) => {
                 let first = random.below(taste.blocks);
-                Scope::Range(file, first, first + 1 + random.below(2))
+                file_scope(dice, file, first, first + 1 + random.below(2))
             }
         },
     };
     kernel.begin_sync(thread, scope, under);
+}
+
+fn file_scope(dice: usize, file: Identity, first: usize, end: usize) -> Scope {
+    match dice {
+        3..=5 => Scope::Full(file),
+        6..=7 => Scope::Data(file),
+        _ => Scope::Range(file, first, end),
+    }
 }
 
 fn content(

@@ -26,8 +26,6 @@ pub enum DriverFault {
     MarkForNames,
     /// An fsync waits for what was captured when it began, also while the log lacks something.
     FsyncTrustsLog,
-    /// A gap is settled by one checkpoint.
-    GapsSettledEarly,
     /// A checkpoint is called proven without a sync.
     PurgeBeforeSync,
     /// The sentinel is written before the device has flushed what it says.
@@ -73,7 +71,6 @@ impl DriverFault {
         Self::SyncTrustsWholeLog,
         Self::MarkForNames,
         Self::FsyncTrustsLog,
-        Self::GapsSettledEarly,
         Self::PurgeBeforeSync,
         Self::SentinelBeforeFlush,
         Self::WriteErrorIgnored,

@@ -30,6 +30,8 @@ pub struct Known {
     pub producer: u64,
     /// Every change that was noticed and not captured is on the disk, and no record older than it is left.
     pub is_log_whole: bool,
+    /// Stores through a mapping are among those of which that is not so.
+    pub lacks_stores: bool,
 }
 
 /// What is confirmed.
@@ -56,6 +58,11 @@ pub const fn wait_for(confirms: Confirms, known: Known) -> Wait {
                 (true, Some(seen), _) | (true, None, Some(seen)) => Wait::Mirrored(seen),
                 // A mark keeps nothing off names.
                 _ if matches!(confirms, Confirms::Directory) => Wait::Proven(known.producer),
+                // The bytes of who was writing then may have been in the page cache before such a
+                // store, and their record come after the call's begin, where no mark of it keeps them
+                // off. Once that record is there, a proof does.
+                (_, None, Some(_)) if known.lacks_stores => Wait::Proven(known.producer),
+                (_, None, None) if known.lacks_stores => Wait::Closed,
                 _ => Wait::Mirrored(mark_end),
             }
         }
@@ -72,6 +79,7 @@ mod tests {
         mark_end: Some(256),
         producer: 320,
         is_log_whole: true,
+        lacks_stores: false,
     };
 
     #[test]
@@ -106,6 +114,22 @@ mod tests {
         let known = Known {
             mark_end: None,
             ..KNOWN
+        };
+        assert_eq!(wait_for(Confirms::File, known), Wait::Closed);
+    }
+
+    #[test]
+    fn who_writes_beside_a_store_takes_a_proof_behind_his_record() {
+        let known = Known {
+            is_log_whole: false,
+            lacks_stores: true,
+            seen_at_entry: None,
+            ..KNOWN
+        };
+        assert_eq!(wait_for(Confirms::File, known), Wait::Proven(320));
+        let known = Known {
+            seen_at_exit: None,
+            ..known
         };
         assert_eq!(wait_for(Confirms::File, known), Wait::Closed);
     }

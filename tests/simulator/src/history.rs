@@ -11,6 +11,9 @@ use twinwrite::ids::Identity;
 
 use crate::image::{BLOCK_BYTES, Image, Name, OWN, ROOT, Version};
 
+#[cfg(test)]
+mod tests;
+
 /// One thing that has a value.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Register {
@@ -296,6 +299,7 @@ impl History {
         if shown == value
             || self.is_excused(register, (value, version), cut, (base, before, after))
             || !confirmed && self.is_nameless(register, cut, base)
+            || !confirmed && self.is_kept_by_its_name(register, value, cut, after)
         {
             return Ok(());
         }
@@ -339,6 +343,41 @@ impl History {
     fn is_nameless(&self, register: &Register, cut: Option<u64>, base: &Shown) -> bool {
         let exists = Register::Exists(register.inode());
         *register != exists && self.least(&exists, cut, base).0.0 == 0
+    }
+
+    /// An inode that should be gone still has a name, because the log lacks the change that took that name
+    /// away: the records behind that one remove another name, and the name is judged by its own register.
+    fn is_kept_by_its_name(
+        &self,
+        register: &Register,
+        value: u64,
+        cut: Option<u64>,
+        after: &Shown,
+    ) -> bool {
+        let Register::Exists(inode) = register else {
+            return false;
+        };
+        let mut names = after.values.iter().filter(|(name, (child, _))| {
+            matches!(name, Register::Name(..)) && *child == as_value(*inode)
+        });
+        value == 0 && names.any(|(name, _)| self.lacks_a_change_of(name, cut))
+    }
+
+    /// A change of this register behind its value at the cut was noticed and not captured.
+    fn lacks_a_change_of(&self, register: &Register, cut: Option<u64>) -> bool {
+        let Some(track) = self.tracks.get(register) else {
+            return false;
+        };
+        let operation = |entry: &Entry| self.operations[entry.operation];
+        let merged = |entry: &Entry| operation(entry).captured.zip(cut);
+        let at_cut = track
+            .entries
+            .iter()
+            .rposition(|entry| merged(entry).is_some_and(|(at, cut)| at < cut));
+        let behind = at_cut.map_or(0, |index| index + 1);
+        track.entries[behind..]
+            .iter()
+            .any(|entry| operation(entry).noticed && operation(entry).captured.is_none())
     }
 
     /// Its value at the cut, whatever was confirmed since.

@@ -103,6 +103,8 @@ pub struct Kernel {
     /// Gaps that nobody has to wait for any more: whatever they changed is on the disk, and no record
     /// that is older than such a change is left in the log. `None`: not one of them.
     pub gaps_settled: Option<[u64; gap::COUNT]>,
+    /// The page that was last stored to.
+    pub stored: Option<(Identity, usize)>,
     /// Calls that wait for a proof.
     pub proofs_wanted: u64,
     /// How many calls waited for what.
@@ -168,6 +170,7 @@ impl Kernel {
             gate: OpenTo::of_word(0),
             proven_to: 0,
             gaps_settled: None,
+            stored: None,
             proofs_wanted: 0,
             waits: Waits::default(),
             rule: Rule::default(),
@@ -430,6 +433,7 @@ impl Kernel {
         }
         self.change(&mutation, at, under.disk);
         self.mapped.insert((inode, index));
+        self.stored = Some((inode, index));
         if !known && self.attached {
             self.uncaptured.push(at);
         }

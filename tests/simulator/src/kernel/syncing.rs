@@ -153,6 +153,10 @@ impl Kernel {
             self.note_gap(gap::RING_FULL);
         }
         let wait = self.wait(&sync, at.map(|at| at + MARK_BYTES));
+        if wait == Wait::Closed && at.is_some() {
+            // Nothing else would end the epoch.
+            self.note_gap(gap::UNGATED);
+        }
         Call::Marked(sync, at, wait)
     }
 
@@ -176,6 +180,9 @@ impl Kernel {
             mark_end,
             producer: self.ring.producer(),
             is_log_whole: self.gaps_settled == Some(self.gaps) || self.rule == Rule::GapsIgnored,
+            lacks_stores: self
+                .gaps_settled
+                .is_none_or(|settled| settled[gap::MAPPING] != self.gaps[gap::MAPPING]),
         };
         let wait = match (self.rule, wait_for(confirms, known)) {
             (Rule::MirroredWillDo, Wait::Proven(position)) => Wait::Mirrored(position),

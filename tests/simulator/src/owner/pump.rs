@@ -156,9 +156,12 @@ impl World {
                 pump.mirrored_to = end;
             }
         }
-        owner
-            .gate
-            .mirrored(RingPos(pump.mirrored_to), RingPos(pump.needs));
+        let open_to = if self.has(DriverFault::GateIgnoresFills) {
+            RingPos(pump.mirrored_to)
+        } else {
+            pump.core.gate_open_to()
+        };
+        owner.gate.mirrored(open_to, RingPos(0));
         self.tell_gate(node, &owner.gate);
     }
 
@@ -180,13 +183,6 @@ impl World {
         } else {
             pump.core.captured_seq()
         };
-        // The cut needs what `safe_at` names, which may be more than the read could show.
-        let needs = if self.has(DriverFault::GateIgnoresFills) {
-            0
-        } else {
-            pump.core.captured_end().0
-        };
-        pump.needs = pump.needs.max(needs);
         pump.core
             .filled(wanted.seq, wanted.fill_offset, bytes.clone(), gone, safe_at)
             .map_err(|error| error.to_string())?;
@@ -306,11 +302,6 @@ impl World {
         pump.covered = pump.covers;
         self.history.settle_up_to(behind, &pump.covering);
         let settled = pump.gaps_proven_before.replace(pump.gaps_proven);
-        let settled = if self.has(DriverFault::GapsSettledEarly) {
-            Some(pump.gaps_proven)
-        } else {
-            settled
-        };
         let kernel = self.kernel(node)?;
         kernel.gaps_seen = pump.gaps_proven;
         kernel.proven_to = kernel.proven_to.max(behind);
