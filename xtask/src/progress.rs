@@ -3,6 +3,7 @@
 //!
 //! It never writes to standard output: that belongs to the command's result.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -11,21 +12,37 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
+thread_local! {
+    static NAME: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// From now on this thread's lines begin with a name: others tell of something else at the same time.
+pub fn name_lines(name: &'static str) {
+    NAME.set(Some(name));
+}
+
+fn named(line: &str) -> String {
+    NAME.get()
+        .map_or_else(|| line.to_owned(), |name| format!("{name}: {line}"))
+}
+
 /// Runs one step and says how long it took.
 ///
 /// # Errors
 /// Those of the step.
 pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let began = Instant::now();
+    let what = named(what);
     let bar = ProgressBar::new_spinner();
-    let plain = bar.is_hidden();
+    // Spinners of several threads would write over each other.
+    let plain = bar.is_hidden() || NAME.get().is_some();
     if plain {
         eprintln!("{what} ...");
     } else {
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
             bar.set_style(style);
         }
-        bar.set_message(what.to_owned());
+        bar.set_message(what.clone());
         bar.enable_steady_tick(Duration::from_millis(120));
     }
     let result = work();
@@ -40,7 +57,7 @@ pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// One line about something that takes no time.
 pub fn note(line: &str) {
-    eprintln!("{line}");
+    eprintln!("{}", named(line));
 }
 
 /// Runs a command with its output appended to `log`; the error shows the log's end.

@@ -2,7 +2,8 @@
 //!
 //! A scenario that crashes, kills or misconfigures something has its machines to itself. Those that
 //! leave the volume protected on A as they found it share one lab: each begins by checking that it
-//! is so, and after a failure the next one gets fresh machines.
+//! is so, and after a failure the next one gets fresh machines. Those that measure have the host to
+//! themselves.
 
 mod agent_killed;
 mod agent_restarted;
@@ -19,15 +20,16 @@ mod lab_survives;
 mod paused_owner;
 mod preempt_full;
 mod returning_owner;
+mod runner;
 mod steady;
 mod survives_crash;
 mod wrong_peer;
 
-use std::time::Instant;
-
 use anyhow::{Context as _, Result};
 
 use crate::lab::{Lab, Lifetime, Options};
+
+pub use runner::{Outcome, run};
 
 /// A named scenario.
 pub struct Scenario {
@@ -45,11 +47,13 @@ pub struct Scenario {
 enum Run {
     /// On machines of its own.
     Alone(fn() -> Result<()>),
+    /// On machines of its own, while the host runs no others: it measures.
+    Quiet(fn() -> Result<()>),
     /// On the machines that it leaves as it found them: A owns, B mirrors, all is protected.
     Shared(fn(&Lab) -> Result<()>),
 }
 
-use Run::{Alone, Shared};
+use Run::{Alone, Quiet, Shared};
 
 /// The one that also the quick tests run.
 pub const SMOKE: &str = "survives_crash";
@@ -117,7 +121,7 @@ pub const ALL: &[Scenario] = &[
     scenario(
         "gate_price",
         60,
-        Alone(gate::price),
+        Quiet(gate::price),
         "an fsync is answered with its mark mirrored; what that costs is printed",
     ),
     scenario(
@@ -159,19 +163,19 @@ pub const ALL: &[Scenario] = &[
     scenario(
         "gate_uring",
         120,
-        Alone(gate_uring::run),
+        Quiet(gate_uring::run),
         "what an io_uring confirms waits at the gate, whoever of the process looks for it, and survives",
     ),
     scenario(
         "gate_uring_6_1",
         120,
-        Alone(gate_uring::on_6_1),
+        Quiet(gate_uring::on_6_1),
         "the same on Linux 6.1",
     ),
     scenario(
         "gate_uring_preempt",
         120,
-        Alone(gate_uring::preempted),
+        Quiet(gate_uring::preempted),
         "the same on a kernel that preempts itself",
     ),
     scenario(
@@ -296,33 +300,6 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// How a run of scenarios went.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// How many passed.
-    pub passed: usize,
-    /// Names of those that failed.
-    pub failed: Vec<&'static str>,
-}
-
-impl Outcome {
-    fn judge(&mut self, scenario: &Scenario, work: impl FnOnce() -> Result<()>) {
-        let began = Instant::now();
-        let result = work();
-        let seconds = began.elapsed().as_secs_f32();
-        match result {
-            Ok(()) => {
-                println!("{}: passed, {seconds:.1} s", scenario.name);
-                self.passed += 1;
-            }
-            Err(error) => {
-                println!("{}: FAILED, {seconds:.1} s\n{error:#}", scenario.name);
-                self.failed.push(scenario.name);
-            }
-        }
-    }
-}
-
 /// The scenario of that name.
 ///
 /// # Errors
@@ -331,49 +308,4 @@ pub fn find(name: &str) -> Result<&'static Scenario> {
     ALL.iter()
         .find(|scenario| scenario.name == name)
         .with_context(|| format!("no scenario `{name}`: cargo xtask test --list"))
-}
-
-/// Runs all scenarios, or one.
-///
-/// # Errors
-/// None at present: a scenario's failure is part of the outcome.
-pub fn run(only: Option<&str>) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
-    let mut rest = ALL
-        .iter()
-        .filter(|scenario| only.is_none_or(|name| name == scenario.name))
-        .peekable();
-    while let Some(scenario) = rest.next() {
-        match scenario.run {
-            Alone(work) => outcome.judge(scenario, work),
-            Shared(work) => {
-                // The first one's time holds the boot.
-                let mut next = Some((scenario, work));
-                let booted = with_lab("shared", bench::options(&[], &[]), |lab| {
-                    while let Some((scenario, work)) = next.take() {
-                        outcome.judge(scenario, || {
-                            bench::require_start(lab)?;
-                            work(lab)
-                        });
-                        if outcome.failed.last() == Some(&scenario.name) {
-                            // It may have left anything behind.
-                            break;
-                        }
-                        if let Some(Shared(work)) = rest.peek().map(|scenario| scenario.run) {
-                            next = rest.next().map(|scenario| (scenario, work));
-                        }
-                    }
-                    Ok(())
-                });
-                if let Err(error) = booted {
-                    if let Some((scenario, _)) = next {
-                        outcome.judge(scenario, || Err(error));
-                    } else {
-                        outcome.judge(scenario, || Err(error.context("ending the shared lab")));
-                    }
-                }
-            }
-        }
-    }
-    Ok(outcome)
 }
