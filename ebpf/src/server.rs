@@ -23,6 +23,8 @@ use crate::gate::{self, Wait, look, note};
 
 /// `PF_KTHREAD`.
 const KERNEL_THREAD: u32 = 0x0020_0000;
+/// `PF_MEMALLOC`: what drivers of network disks set where they send for whoever waits for the disk.
+const FOR_A_DISK: u32 = 0x0000_0800;
 /// What the server's threads are called. No thread of the kernel can be given another name.
 const SERVER: [u8; 5] = *b"nfsd\0";
 /// The server asks a daemon of its own host.
@@ -35,7 +37,8 @@ const REPLY_LOOK_NS: u64 = 10_000_000;
 #[inline(always)]
 fn is_server() -> bool {
     // SAFETY: the current task is valid.
-    if unsafe { member::<u32>(gate::current(), &TASK_FLAGS) } & KERNEL_THREAD == 0 {
+    let flags = unsafe { member::<u32>(gate::current(), &TASK_FLAGS) };
+    if flags & (KERNEL_THREAD | FOR_A_DISK) != KERNEL_THREAD {
         return false;
     }
     let Ok(name) = bpf_get_current_comm() else {
