@@ -8,10 +8,15 @@
 //! order, so everything up to the cut was on the disk too, and the disk shows a later state of this name:
 //! it stays. Whatever belonged there stays where the disk has it now; if it is gone it is made anew and
 //! kept aside.
+//!
+//! In the same way a name stays whose inode was deleted after the cut, and where the disk has another one
+//! of the log, which the log has elsewhere: it was moved there over the first one. Taken back, the name
+//! would be left without either, also where it was confirmed. The name it had before is not given to it
+//! again: two names for it would be more than anybody ever made.
 
 use std::collections::BTreeSet;
 
-use super::Apply;
+use super::{Apply, Found};
 use crate::ids::Identity;
 use crate::replay::plan::Place;
 use crate::replay::volume::{Step, Volume};
@@ -37,8 +42,14 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 };
                 let wanted = child.and_then(|child| self.on_disk(child));
                 let named_ns = plan.named_ns.get(&place).copied();
-                if wanted != Some(there) && self.came_later(there, named_ns, &placed)? {
+                if wanted == Some(there) {
+                    continue;
+                }
+                if self.came_later(there, named_ns, &placed)? {
                     self.leave(place, *child);
+                } else if self.was_moved_over(*child, there) {
+                    self.leave(place, *child);
+                    self.leave_old_names(there)?;
                 }
             }
             if self.left.len() == before {
@@ -53,6 +64,33 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         if let Some(places) = child.and_then(|child| self.places.get_mut(&child)) {
             places.retain(|other| *other != place);
         }
+    }
+
+    /// Whether `there` is an inode that the log names elsewhere, at a name whose own was deleted after the cut.
+    fn was_moved_over(&self, child: Option<Identity>, there: Identity) -> bool {
+        let is_gone = child.is_some_and(|child| self.found.get(&child) == Some(&Found::Gone));
+        let planned = self.planned.get(&there);
+        is_gone
+            && planned.is_some_and(|planned| {
+                self.inode(*planned).is_some_and(|inode| !inode.dead)
+                    && self.places.contains_key(planned)
+            })
+    }
+
+    /// The names that the log has for an inode, and the disk no longer: they stay as the disk has them.
+    fn leave_old_names(&mut self, there: Identity) -> Step<()> {
+        let Some(planned) = self.planned.get(&there).copied() else {
+            return Ok(());
+        };
+        for (directory, name) in self.places.get(&planned).cloned().unwrap_or_default() {
+            let Some(disk_directory) = self.on_disk(directory) else {
+                continue;
+            };
+            if self.volume.lookup(disk_directory, name)? != Some(there) {
+                self.leave((directory, name), Some(planned));
+            }
+        }
+        Ok(())
     }
 
     /// Whether this inode, which was there before the cut, came after it to a name that the log gave away

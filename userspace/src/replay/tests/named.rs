@@ -307,6 +307,24 @@ fn what_took_the_name_of_something_deleted_ahead_is_left_there() {
 }
 
 #[test]
+fn what_was_renamed_over_something_deleted_ahead_is_left_there() {
+    let mut world = world();
+    let old = create(&mut world, "f");
+    fsync(&mut world, old, 0, END);
+    // The next version, whose name the log has and whose rename it has not.
+    let new = create(&mut world, "new");
+    write(&mut world, new, 0, b"next");
+    fsync(&mut world, new, 0, END);
+    let cut = world.events.len();
+    rename(&mut world, "new", "f");
+    let (_, model) = merged(world, cut + 1, cut);
+    let names = model.entries(ROOT);
+    assert_eq!(names.get(b"f".as_slice()), Some(&new));
+    assert!(!names.contains_key(b"new".as_slice()), "{names:?}");
+    assert_eq!(bytes_of(&model, "f"), b"next");
+}
+
+#[test]
 fn an_unproven_file_deleted_ahead_is_made_again() {
     let mut world = world();
     let file = create(&mut world, "f");

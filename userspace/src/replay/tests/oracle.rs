@@ -122,6 +122,36 @@ impl Oracle<'_> {
         now.is_some_and(|inode| there(self.before) == now && self.want.reachable().contains(&inode))
     }
 
+    /// Something of the log was at this name before the replay.
+    fn before_had(&self, directory: Identity, name: &Name) -> bool {
+        let there = self.before.nodes.get(&directory);
+        let entries = there.filter(|node| node.is_directory());
+        let there = entries.and_then(|_| self.before.entries(directory).get(name).copied());
+        there.is_some_and(|inode| self.want.reachable().contains(&inode))
+    }
+
+    /// After the cut it had been moved from here over something that is gone since, and is still there.
+    fn was_moved_over(&self, place: &(Identity, Name), child: Identity) -> bool {
+        self.touched.names.contains(place)
+            && self.before.nodes.iter().any(|(directory, node)| {
+                node.is_directory()
+                    && self.before.entries(*directory).iter().any(|(name, there)| {
+                        let is_there = |model: &Model| {
+                            let node = model.nodes.get(directory);
+                            node.is_some_and(super::model::Node::is_directory)
+                                && model.entries(*directory).get(name) == Some(&child)
+                        };
+                        let wanted = self.want.nodes.get(directory);
+                        let wanted = wanted.filter(|node| node.is_directory());
+                        let wanted =
+                            wanted.and_then(|_| self.want.entries(*directory).get(name).copied());
+                        *there == child
+                            && is_there(self.got)
+                            && wanted.is_some_and(|wanted| self.deleted_ahead(wanted))
+                    })
+            })
+    }
+
     fn deleted_ahead(&self, inode: Identity) -> bool {
         self.touched.removed.contains(&inode) && !self.can_be_made.contains(&inode)
     }
@@ -141,8 +171,13 @@ impl Oracle<'_> {
         for (name, child) in want_entries {
             let path = format!("{path}/{}", name.escape_ascii());
             let place = (want, name.clone());
-            let free = self.deleted_ahead(child)
+            let was_ahead = self.deleted_ahead(child);
+            if was_ahead && self.before_had(got, &name) && !got_entries.contains_key(&name) {
+                return Err(format!("{path}: what the disk had there was taken away"));
+            }
+            let free = was_ahead
                 || self.was_moved_there(got, &name)
+                || self.was_moved_over(&place, child)
                 || self.touched.names.contains(&place) && !self.mentioned.contains(&place);
             match got_entries.remove(&name) {
                 None if free => {}
