@@ -104,7 +104,7 @@ pub const ALL: &[Scenario] = &[
         "idle_cost",
         70,
         Shared(steady::idle_cost),
-        "an idle agent uses under 1 % of a processor on either node, and wakes up when it must",
+        "an idle agent uses under 1.5 % of a processor on either node, and wakes up when it must",
     ),
     scenario(
         "loaded_host",

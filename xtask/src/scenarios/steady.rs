@@ -19,7 +19,7 @@ use NodeName::{A, B};
 /// What the lab's own looks into the machines cost is left out by looking only twice.
 const IDLE_FOR: Duration = Duration::from_secs(60);
 /// Of one processor.
-const IDLE_SHARE_MAX: f64 = 0.01;
+const IDLE_SHARE_MAX: f64 = 0.015;
 const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Longest uninterrupted time in which a loaded host may keep a volume exposed.
