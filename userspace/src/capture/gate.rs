@@ -179,11 +179,12 @@ fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) ->
     }
     let mut held = Held::default();
     for ((group, started), mut entries) in groups {
-        // Whoever it waited for: that one's agent may not be there.
-        if matches!(find(group, started), Ok(None)) {
+        // Whoever it waited for: that one's agent may not be there. Before a turn begins: threads of the
+        // group may have to wait for its end.
+        let Some(process) = find(group, started).transpose() else {
             forget_dead(maps, this_process, group, &entries);
             continue;
-        }
+        };
         if !entries.iter().any(|(key, _)| stand.is_own(key)) {
             continue;
         }
@@ -202,7 +203,10 @@ fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) ->
         }
         let passes = |(_, entry): &(Key, Entry)| entry[held::STATE] == held::PASSED;
         if entries.iter().all(passes) {
-            match continue_group(maps, this_process, (group, started), &entries) {
+            let continued = process.and_then(|process| {
+                continue_group(maps, this_process, (group, started), &process, &entries)
+            });
+            match continued {
                 Ok(true) => {
                     let now_ns = monotonic_ns();
                     let own = entries.iter().filter(|(key, _)| {
@@ -235,13 +239,9 @@ fn continue_group(
     maps: &mut impl HeldMaps,
     this_process: (u32, u64),
     (group, started): (u32, u64),
+    process: &OwnedFd,
     entries: &[(Key, Entry)],
 ) -> io::Result<bool> {
-    // Before the turn begins: threads of the group may have to wait for its end.
-    let Some(process) = find(group, started)? else {
-        forget_dead(maps, this_process, group, entries);
-        return Ok(true);
-    };
     maps.in_turn(group, this_process, |maps| {
         let all_known = maps
             .entries()
@@ -256,7 +256,7 @@ fn continue_group(
             .group(group)
             .filter(|record| record[held::GROUP_STARTED_TICKS] == started)
             .unwrap_or_default();
-        go_on(&process, record[held::GROUP_SIGNAL])?;
+        go_on(process, record[held::GROUP_SIGNAL])?;
         forget(maps, group, entries);
         Ok(true)
     })

@@ -194,8 +194,14 @@ fn has_symbol(name: &str) -> bool {
     })
 }
 
-/// Whether BPF is among the security modules in use.
+/// Whether BPF is among the security modules in use. Which these are is settled when the kernel boots, and
+/// looked at once.
 pub(super) fn bpf_lsm_active() -> bool {
+    static ACTIVE: std::sync::LazyLock<bool> = std::sync::LazyLock::new(is_bpf_in_lsm_list);
+    *ACTIVE
+}
+
+fn is_bpf_in_lsm_list() -> bool {
     fs::read_to_string("/sys/kernel/security/lsm")
         .is_ok_and(|text| text.trim().split(',').any(|lsm| lsm == "bpf"))
 }
