@@ -23,7 +23,6 @@ use crate::cluster::ownership::{
     Decision, Facts, LiveAnswer, decide, first_word, is_claimed_by_peer,
 };
 use crate::cluster::questions::Question;
-use crate::cluster::standing::is_not_outbid;
 use crate::cluster::takeover::{Cause, Progress, Stamp, Takeover, TakeoverDriver as _};
 use crate::config::{MountBy, Volume};
 use crate::durability::closing::Proven;
@@ -416,16 +415,14 @@ impl Keeper {
     /// Whether the peer claims the volume. Before this node mounts it the answer is read from the
     /// device, after this node's own word was written there.
     fn is_outbid(&self) -> anyhow::Result<bool> {
-        let (ledger, name) = (&self.node.ledger, &self.volume.name);
         if self.is_claimed_away() {
             return Ok(true);
         }
         if !matches!(mounts::find(&self.volume)?, MountState::NotMounted) {
             return Ok(false);
         }
-        let now = ledger.say_and_look()?;
-        let own = ledger.claim(name);
-        Ok(own.is_some_and(|own| is_not_outbid(&own, name, &now).is_err()))
+        let stands = self.node.ledger.is_not_outbid(&self.volume.name)?;
+        Ok(stands.is_err())
     }
 
     fn serve_later(&self, error: &anyhow::Error) -> Next {

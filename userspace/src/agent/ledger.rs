@@ -18,7 +18,7 @@ use crate::cluster::mailbox::{
     AgentState, Mailbox, MailboxError, NodeReport, SlotError, look_at, word_of,
 };
 use crate::cluster::ownership::{Decision, Doubt, Facts, OwnWord, Word, first_word};
-use crate::cluster::standing::Slot;
+use crate::cluster::standing::{Fallen, Slot, is_not_outbid};
 use crate::cluster::table::{Table, TableError};
 use crate::ids::NodeId;
 
@@ -214,6 +214,16 @@ impl Ledger {
         self.write(&mailbox)?;
         let slot = mailbox.read()?.into_iter().nth(self.peer_index);
         Ok(slot.unwrap_or(Err(SlotError::Blank)))
+    }
+
+    /// [`Self::say_and_look`], and whether this node's word on a volume stands beside what it finds.
+    ///
+    /// # Errors
+    /// When the mailbox cannot be written or read.
+    pub fn is_not_outbid(&self, volume: &str) -> Result<Result<(), Fallen>, LedgerError> {
+        let now = self.say_and_look()?;
+        let own = self.claim(volume);
+        Ok(own.map_or(Ok(()), |own| is_not_outbid(&own, volume, &now)))
     }
 
     /// What this node says of a volume now.

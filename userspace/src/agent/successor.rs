@@ -24,7 +24,7 @@ use crate::cluster::fence::fence;
 use crate::cluster::mailbox::word_of;
 use crate::cluster::mounts::{self, MountState};
 use crate::cluster::ownership::Word;
-use crate::cluster::standing::{Fallen, Slot, claim_of, is_fenced, is_not_outbid};
+use crate::cluster::standing::{Fallen, Slot, claim_of, is_fenced};
 use crate::cluster::takeover::{
     Claimed, Fenced, FencedBy, Judged, Judgement, Merged, Mounted, Replayed, Revoked, Saved,
     Settled, Stamp, StepResult, TakeoverDriver,
@@ -124,10 +124,7 @@ impl Successor {
 
     /// Whether the peer has claimed the volume since this node did.
     fn look_again(&self) -> anyhow::Result<Result<(), Fallen>> {
-        let (ledger, name) = (&self.node.ledger, &self.volume.name);
-        let now = ledger.say_and_look()?;
-        let own = ledger.claim(name);
-        Ok(own.map_or(Ok(()), |own| is_not_outbid(&own, name, &now)))
+        Ok(self.node.ledger.is_not_outbid(&self.volume.name)?)
     }
 
     /// Whether the fence holds; if so this node merges from here on.
