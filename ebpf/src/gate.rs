@@ -34,8 +34,10 @@ use crate::workers;
 
 /// `PF_IO_WORKER`: also the thread that submits for an io_uring.
 pub const IO_WORKER: u32 = 0x0000_0010;
-/// `PF_KTHREAD` and [`IO_WORKER`].
-pub const CANNOT_STOP: u32 = 0x0020_0000 | IO_WORKER;
+/// `PF_KTHREAD`.
+pub const KERNEL_THREAD: u32 = 0x0020_0000;
+/// [`KERNEL_THREAD`] and [`IO_WORKER`].
+pub const CANNOT_STOP: u32 = KERNEL_THREAD | IO_WORKER;
 const O_DIRECT: u32 = 0x4000;
 /// Also set by `O_SYNC`.
 const O_DSYNC: u32 = 0x1000;
@@ -125,6 +127,13 @@ pub fn now_ns() -> u64 {
 pub fn current() -> *const u8 {
     // SAFETY: the helper has no precondition.
     unsafe { bpf_get_current_task_btf() as *const u8 }
+}
+
+/// What kind of thread is running.
+#[inline(always)]
+pub fn task_flags() -> u32 {
+    // SAFETY: the current task is valid.
+    unsafe { member(current(), &TASK_FLAGS) }
 }
 
 /// To be read before the mark is emitted, or the gap counted, that is to be waited for: whatever
@@ -223,8 +232,7 @@ pub fn require(
         let position = held::position_to_wait_for(before, mark_end, is_whole);
         Wait::until_mirrored(position, generation)
     };
-    // SAFETY: the current task is valid.
-    let flags = unsafe { member::<u32>(current(), &TASK_FLAGS) };
+    let flags = task_flags();
     if flags & CANNOT_STOP != 0 {
         if wait.is_over(control) {
             control.increment(control::GATE_PASSED);
@@ -233,10 +241,7 @@ pub fn require(
         if server::holds_reply(control, &wait) {
             return;
         }
-        // Once an answer went out too early the epoch ends anyway: no processor is kept busy for more.
-        let ends = control.read(control::GAPS + gap::UNGATED)
-            != control.read(control::GAPS_SEEN + gap::UNGATED);
-        let limit_ns = if ends { 0 } else { KERNEL_LOOK_NS };
+        let limit_ns = unless_ending(control, KERNEL_LOOK_NS);
         if control.read(control::GATE_OFF) == 0 && !look(control, wait, limit_ns) {
             if flags & IO_WORKER != 0 {
                 workers::hold_group(control, &wait);
@@ -260,8 +265,7 @@ pub fn require_closed(control: Control, generation: u64) {
         return;
     }
     let wait = Wait::until_mirrored(held::UNTIL_CLOSED, generation);
-    // SAFETY: the current task is valid.
-    let flags = unsafe { member::<u32>(current(), &TASK_FLAGS) };
+    let flags = task_flags();
     if flags & CANNOT_STOP == 0 {
         await_at_exit(control, &wait);
     } else if flags & IO_WORKER != 0 && !wait.is_over(control) {
@@ -290,10 +294,12 @@ fn await_at_exit(control: Control, wait: &Wait) {
     }
 }
 
-/// Notes that an answer went out too early.
+/// How long something may keep its processor busy: once an answer went out too early the epoch ends anyway.
 #[inline(always)]
-pub fn note_ungated(control: Control) {
-    note(control, gap::UNGATED);
+pub fn unless_ending(control: Control, limit_ns: u64) -> u64 {
+    let ends = control.read(control::GAPS + gap::UNGATED)
+        != control.read(control::GAPS_SEEN + gap::UNGATED);
+    if ends { 0 } else { limit_ns }
 }
 
 /// Counts a gap that is not about one inode, and tells it.

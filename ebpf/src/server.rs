@@ -19,10 +19,8 @@ use twinwrite_abi::{control, gap, held};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate::{self, Wait, look, note};
+use crate::gate::{self, KERNEL_THREAD, Wait, look, note};
 
-/// `PF_KTHREAD`.
-const KERNEL_THREAD: u32 = 0x0020_0000;
 /// `PF_MEMALLOC`: what drivers of network disks set where they send for whoever waits for the disk.
 const FOR_A_DISK: u32 = 0x0000_0800;
 /// What the server's threads are called. No thread of the kernel can be given another name.
@@ -36,9 +34,7 @@ const REPLY_LOOK_NS: u64 = 10_000_000;
 /// Whether the running thread is one of the kernel's NFS server.
 #[inline(always)]
 fn is_server() -> bool {
-    // SAFETY: the current task is valid.
-    let flags = unsafe { member::<u32>(gate::current(), &TASK_FLAGS) };
-    if flags & (KERNEL_THREAD | FOR_A_DISK) != KERNEL_THREAD {
+    if gate::task_flags() & (KERNEL_THREAD | FOR_A_DISK) != KERNEL_THREAD {
         return false;
     }
     let Ok(name) = bpf_get_current_comm() else {

@@ -8,7 +8,6 @@
 //!
 //! An exit without a known entry gives no mark; one call must never give a mark for another file.
 
-use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
@@ -16,7 +15,7 @@ use twinwrite_abi::{control, flag, op};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate;
+use crate::gate::{self, thread};
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFDIR: u32 = 0o040_000;
@@ -55,12 +54,6 @@ const UNKNOWN: u64 = u64::MAX;
 /// Losing an entry costs one mark.
 #[map]
 static CALLS: LruHashMap<u64, Call> = LruHashMap::with_max_entries(16384, 0);
-
-#[inline(always)]
-fn thread() -> u64 {
-    // SAFETY: the helper has no precondition.
-    unsafe { bpf_get_current_pid_tgid() }
-}
 
 #[inline(always)]
 fn enter(road: u64, seen_before: Option<u64>, inode: *const u8) {

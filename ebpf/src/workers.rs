@@ -18,11 +18,13 @@ use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::*;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
-use twinwrite_abi::{control, held};
+use twinwrite_abi::{control, gap, held};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate::{CANNOT_STOP, IO_WORKER, Wait, current, note_ungated, now_ns, thread};
+use crate::gate::{
+    self, CANNOT_STOP, IO_WORKER, Wait, current, note, now_ns, thread, unless_ending,
+};
 use crate::hold::*;
 
 /// `PF_EXITING` and [`IO_WORKER`]: never in user space again.
@@ -141,8 +143,7 @@ fn enter(control: Control, wait: &Wait) -> bool {
 
 #[inline(always)]
 fn read_at<T: Default>(base: u64, offset: &Global<u64>) -> T {
-    // SAFETY: a bad address is reported, not followed.
-    unsafe { bpf_probe_read_kernel((base + offset.load()) as *const T) }.unwrap_or_default()
+    gate::read_at(base, offset).unwrap_or_default()
 }
 
 /// The look at the other threads of a group, one after the other.
@@ -267,21 +268,10 @@ fn read_from(base: *const u8, offset: &Global<u64>) -> u64 {
 /// Makes the running worker's group wait for what the worker is about to answer.
 #[inline(always)]
 pub fn hold_group(control: Control, wait: &Wait) {
-    // Once an answer went out too early the epoch ends anyway: no processor is kept busy for more.
-    let limit_ns = if is_ending_ungated(control) {
-        0
-    } else {
-        OTHERS_LIMIT_NS
-    };
+    let limit_ns = unless_ending(control, OTHERS_LIMIT_NS);
     if !enter(control, wait) || !are_others_kept(wait, limit_ns) {
-        note_ungated(control);
+        note(control, gap::UNGATED);
     }
-}
-
-#[inline(always)]
-fn is_ending_ungated(control: Control) -> bool {
-    control.read(control::GAPS + twinwrite_abi::gap::UNGATED)
-        != control.read(control::GAPS_SEEN + twinwrite_abi::gap::UNGATED)
 }
 
 /// The timer's tick meets threads that make no system call.
@@ -296,9 +286,7 @@ pub fn gate_tick(_: BtfTracePointContext) -> i32 {
     {
         return 0;
     }
-    // SAFETY: the current task is valid.
-    let flags: u32 = unsafe { member(current(), &TASK_FLAGS) };
-    if flags & CANNOT_STOP == 0 && !is_agent(control) && is_marked(control) {
+    if gate::task_flags() & CANNOT_STOP == 0 && !is_agent(control) && is_marked(control) {
         stop_by_tick(control);
     }
     0
