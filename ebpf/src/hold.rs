@@ -144,7 +144,7 @@ pub fn new_group(ticks: u64) -> [u64; held::GROUP_WORDS] {
     } else {
         0
     };
-    [signal, ticks, 0]
+    [signal, ticks]
 }
 
 /// Whether somebody else is stopping the running thread group, or has sent it the signal that will.
@@ -177,7 +177,7 @@ pub fn hold(control: Control, wait: &Wait) {
             ticks,
             held::STOPPING,
         ],
-        group: [0, ticks, 0],
+        group: [0, ticks],
         _0: 0,
         signalled: 0,
         _1: 0,

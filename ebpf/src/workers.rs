@@ -16,7 +16,8 @@ use core::ffi::c_void;
 use aya_ebpf::Global;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::*;
-use aya_ebpf::macros::btf_tracepoint;
+use aya_ebpf::macros::{btf_tracepoint, map};
+use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::BtfTracePointContext;
 use twinwrite_abi::{control, gap, held};
 
@@ -26,6 +27,10 @@ use crate::gate::{
     self, CANNOT_STOP, IO_WORKER, Wait, current, note, now_ns, thread, unless_ending,
 };
 use crate::hold::*;
+
+/// Thread groups for whose other threads a worker waits, see `twinwrite_abi::held`.
+#[map]
+static MARKED_GROUPS: HashMap<u32, [u64; held::MARKED_WORDS]> = HashMap::with_max_entries(8192, 0);
 
 /// `PF_EXITING` and [`IO_WORKER`]: never in user space again.
 const NEVER_RETURNS: u32 = 0x0000_0004 | IO_WORKER;
@@ -49,15 +54,15 @@ fn are_marks(control: Control) -> bool {
 
 #[inline(always)]
 fn is_group_marked(number: u32, ticks: u64) -> bool {
-    let Some(group) = HELD_GROUPS.get_ptr(&number) else {
+    let Some(group) = MARKED_GROUPS.get_ptr(&number) else {
         return false;
     };
     // SAFETY: the map's value.
     let (started, marks) = unsafe {
         let words = group.cast::<u64>();
         (
-            core::ptr::read_volatile(words.wrapping_add(held::GROUP_STARTED_TICKS)),
-            core::ptr::read_volatile(words.wrapping_add(held::GROUP_MARKS)),
+            core::ptr::read_volatile(words.wrapping_add(held::MARKED_STARTED_TICKS)),
+            core::ptr::read_volatile(words.wrapping_add(held::MARKED_BY)),
         )
     };
     started == ticks && marks & held::mark_of(TARGET_DEV.load()) != 0
@@ -80,6 +85,27 @@ struct Mark {
     done: u32,
 }
 
+/// Adds this volume's mark to the group's. What is left of a process that ended, and whose number the group
+/// has got, is replaced.
+#[inline(always)]
+fn mark_group(number: u32, ticks: u64) {
+    let is_other = MARKED_GROUPS.get_ptr(&number).is_some_and(|found| {
+        // SAFETY: the map's value.
+        unsafe { (*found)[held::MARKED_STARTED_TICKS] != ticks }
+    });
+    let flags = if is_other { 0 } else { BPF_NOEXIST };
+    let _ = MARKED_GROUPS.insert(&number, &[ticks, 0], flags);
+    if let Some(group) = MARKED_GROUPS.get_ptr_mut(&number) {
+        // SAFETY: the map's value. If it is another group's by now, that one is stopped once for nothing.
+        unsafe {
+            core::intrinsics::atomic_or::<u64, u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
+                group.cast::<u64>().wrapping_add(held::MARKED_BY),
+                held::mark_of(TARGET_DEV.load()),
+            )
+        };
+    }
+}
+
 extern "C" fn mark_once(_: u64, mark: *mut c_void) -> i64 {
     // SAFETY: `enter` passes a pointer to its state.
     let mark = unsafe { &mut *mark.cast::<Mark>() };
@@ -92,16 +118,9 @@ extern "C" fn mark_once(_: u64, mark: *mut c_void) -> i64 {
     if before & 1 == 1 {
         return i64::from(is_over);
     }
-    enter_group(number, &new_group(mark.entry[held::STARTED_TICKS]));
-    if let Some(group) = HELD_GROUPS.get_ptr_mut(&number) {
-        // SAFETY: the map's value. If it is another group's by now, that one is stopped once for nothing.
-        unsafe {
-            core::intrinsics::atomic_or::<u64, u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
-                group.cast::<u64>().wrapping_add(held::GROUP_MARKS),
-                held::mark_of(TARGET_DEV.load()),
-            )
-        };
-    }
+    let ticks = mark.entry[held::STARTED_TICKS];
+    enter_group(number, &new_group(ticks));
+    mark_group(number, ticks);
     if HELD.insert(&mark.key, &mark.entry, 0).is_err() {
         return 1;
     }

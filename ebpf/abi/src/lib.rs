@@ -217,7 +217,7 @@ pub mod control {
     /// Programs: calls that wait for a checkpoint, see [`GATE_PROVEN_TO`].
     pub const PROOFS_WANTED: usize = 103;
     /// Programs: how many thread groups were marked, so that their threads meet the gate although none of
-    /// them made the call; see [`super::held::GROUP_MARKS`].
+    /// them made the call; see [`super::held::MARKED_BY`].
     pub const MARKS: usize = 109;
     /// Agent: value of [`MARKS`] up to which all marks are over: as long as both are equal, no thread
     /// has to look whether its group is marked.
@@ -253,8 +253,9 @@ pub mod control {
 /// a gate. A key of that map is the thread (`thread group << 32 | thread`), the volume's device, and
 /// when the wait began in nanoseconds of the monotonic clock: no key comes twice.
 pub mod held {
-    /// Version of the host's maps, part of their names: builds with different ones share none.
-    pub const VERSION: u32 = 2;
+    /// Version of the host's maps, part of their names. A build finds those that the programs of another
+    /// build hold threads in only if the version is the same, so what is added gets a map of its own.
+    pub const VERSION: u32 = 1;
     /// Words of a key.
     pub const KEY_WORDS: usize = 3;
     /// Key: the thread.
@@ -295,13 +296,18 @@ pub mod held {
     pub const GROUP_SIGNAL: usize = 0;
     /// Value of the map of held thread groups: when it began, in clock ticks since boot.
     pub const GROUP_STARTED_TICKS: usize = 1;
-    /// Value of the map of held thread groups: by [`mark_of`] the volumes whose answers a thread of the
-    /// kernel is about to hand to the group. Whatever thread of it is about to run is stopped.
-    pub const GROUP_MARKS: usize = 2;
     /// Words of a value of the map of held thread groups.
-    pub const GROUP_WORDS: usize = 3;
+    pub const GROUP_WORDS: usize = 2;
 
-    /// The bit of [`GROUP_MARKS`] for a volume's device. Two volumes may share one: then a group may be
+    /// Value of the map of marked thread groups: when the group began, in clock ticks since boot.
+    pub const MARKED_STARTED_TICKS: usize = 0;
+    /// Value of the map of marked thread groups: by [`mark_of`] the volumes whose answers a thread of the
+    /// kernel is about to hand to the group. Whatever thread of it is about to run is stopped.
+    pub const MARKED_BY: usize = 1;
+    /// Words of a value of the map of marked thread groups.
+    pub const MARKED_WORDS: usize = 2;
+
+    /// The bit of [`MARKED_BY`] for a volume's device. Two volumes may share one: then a group may be
     /// stopped for the wrong one as well, which does no harm.
     #[must_use]
     pub const fn mark_of(device: u64) -> u64 {

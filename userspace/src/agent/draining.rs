@@ -47,7 +47,9 @@ pub struct PinnedGates<'a>(pub &'a str);
 
 impl Meanwhile for PinnedGates<'_> {
     fn open_gates(&mut self, _: &Proven) {
-        Capture::open_pinned_gate(self.0);
+        if let Err(error) = Capture::open_pinned_gate(self.0) {
+            tracing::error!(volume = self.0, "{error}");
+        }
     }
 
     fn turn(&mut self) {}

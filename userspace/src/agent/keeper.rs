@@ -196,7 +196,9 @@ impl Keeper {
     /// Holds the region until the owner dies.
     fn mirror(&self) -> Next {
         let name = &self.volume.name;
-        self.abandon_capture();
+        if !self.let_go() {
+            return Next::Decide;
+        }
         if let Some(host) = self.node.regions.get(name) {
             lock(host).unseal();
         }
@@ -285,7 +287,12 @@ impl Keeper {
     }
 
     fn take_over(&self, begin: Begin) -> Next {
-        self.abandon_capture();
+        // One that goes on may have mounted the volume for the merge.
+        if begin == Begin::Merging {
+            self.abandon_capture();
+        } else if !self.let_go() {
+            return Next::Decide;
+        }
         let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
         let silent_for = lock(&self.node.peer_view).silent_for;
         let detected: (Stamp, Duration) = (driver.now(), silent_for);
@@ -542,21 +549,53 @@ impl Keeper {
         }
     }
 
-    /// The volume is another's: programs that an earlier agent left would hold whoever touches it.
+    /// The volume is another's: programs that an earlier agent left would hold whoever touches it. Only
+    /// where nobody can, any more.
     fn abandon_capture(&self) {
-        let volume = &self.volume.name;
-        match Capture::abandon(volume) {
-            Ok(killed) => {
-                for pid in killed {
-                    tracing::error!(
-                        %volume, pid,
-                        "a process was killed: it waited for the answer to an fsync that the new owner of \
-                         the volume knows nothing of"
-                    );
-                }
-            }
-            Err(error) => tracing::error!(%volume, "{error}"),
+        match Capture::abandon(&self.volume.name) {
+            Ok(killed) => self.tell_killed(&killed),
+            Err(error) => tracing::error!(volume = %self.volume.name, "{error}"),
         }
+    }
+
+    fn tell_killed(&self, killed: &[u32]) {
+        for pid in killed {
+            tracing::error!(
+                volume = %self.volume.name, pid,
+                "a process was killed: it waited for the answer to an fsync that the new owner of the volume \
+                 knows nothing of"
+            );
+        }
+    }
+
+    /// The volume is another's, and an earlier agent of this node captured it, or this one: unmounts it and
+    /// takes the programs away, in this order, so that as long as somebody can change it here nothing is
+    /// confirmed that the new owner may revert. Whether nothing is left; if not, the reason is shown.
+    fn let_go(&self) -> bool {
+        let name = &self.volume.name;
+        if !Capture::has_pins(name) {
+            return true;
+        }
+        match Capture::end_held(name) {
+            Ok(killed) => self.tell_killed(&killed),
+            Err(error) => tracing::error!(volume = %name, "{error}"),
+        }
+        if let Err(error) = mounts::unmount(&self.volume) {
+            // What it exports stays mounted as long as it runs.
+            if !Capture::end_server_of(&self.volume.mount_point)
+                || mounts::unmount(&self.volume).is_err()
+            {
+                let reason = format!(
+                    "{error}; until then whoever syncs to volume {name} here gets no answer"
+                );
+                tracing::error!(volume = %name, "{reason}");
+                self.say(Role::None, Protection::Suspended, &reason);
+                self.node.pause(DECIDE_EVERY);
+                return false;
+            }
+        }
+        self.abandon_capture();
+        true
     }
 
     /// The peer claims the volume: stop touching it.
@@ -566,11 +605,12 @@ impl Keeper {
             format!("{peer} has taken the volume over: this node must not touch it any more");
         tracing::error!(volume = %self.volume.name, "{reason}");
         self.say(Role::None, Protection::Suspended, &reason);
-        self.abandon_capture();
-        if let Err(error) = mounts::unmount(&self.volume) {
+        self.node.set_serving(&self.volume.name, false);
+        if self.let_go()
+            && let Err(error) = mounts::unmount(&self.volume)
+        {
             tracing::error!(volume = %self.volume.name, %error, "the volume cannot be unmounted");
         }
-        self.node.set_serving(&self.volume.name, false);
     }
 }
 

@@ -66,6 +66,18 @@ pub enum CaptureError {
          agent, which mirrors it or closes the epoch, and stop it again"
     )]
     Held(String),
+    /// The pinned programs hold threads in maps that this build does not know.
+    #[error(
+        "the gate of the programs that are attached to volume {volume} cannot be opened ({reason}), so whom \
+         they hold is not known here: start the build that attached them and end it with `twinwrite stop`, \
+         which lets everybody go on, then start this one"
+    )]
+    OtherGate {
+        /// The volume.
+        volume: String,
+        /// What was found.
+        reason: String,
+    },
     /// Replies of the kernel's NFS server wait at the gate, and would leave without the programs.
     #[error(
         "the kernel's NFS server waits with the answer to what it made durable on volume {0}: start the agent, \

@@ -75,11 +75,6 @@ impl Gate {
         key[held::DEVICE] == self.control.get(control::DEVICE)
     }
 
-    /// This process is the agent from now on.
-    pub(super) fn claim(&self) -> Result<(), CaptureError> {
-        self.control.name_agent()
-    }
-
     /// No epoch is open: everybody may pass. Whether nobody is left whom this volume holds.
     pub(super) fn open_for_all(&mut self) -> bool {
         self.control.open_gate();
@@ -190,7 +185,7 @@ fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) ->
         }
         // It came back to a gate while its record was being taken away.
         if maps.group(group).is_none() {
-            maps.enter_group(group, [0, started, 0]);
+            maps.enter_group(group, [0, started]);
         }
         for (key, entry) in &mut entries {
             if stand.is_own(key) && stand.may_pass(entry) {

@@ -26,13 +26,16 @@ pub(super) type Key = [u64; held::KEY_WORDS];
 pub(super) type Entry = [u64; held::WORDS];
 /// A held group.
 pub(super) type Group = [u64; held::GROUP_WORDS];
+/// A marked group.
+type Marked = [u64; held::MARKED_WORDS];
 
 const PIN_DIRECTORY: &str = "/sys/fs/bpf/twinwrite-gate";
 /// The maps: names in the object, and of the pins.
-const MAPS: [(&str, &str); 3] = [
+const MAPS: [(&str, &str); 4] = [
     ("HELD", "held"),
     ("HELD_GROUPS", "groups"),
     ("HOST", "host"),
+    ("MARKED_GROUPS", "marked"),
 ];
 /// Beside the locks of the volumes; no volume's lock has a name with another ending.
 const LOCK: &str = "/run/twinwrite-locks/gate.host";
@@ -118,7 +121,7 @@ impl Drop for Taken<'_> {
 ///
 /// # Errors
 /// [`CaptureError::Pin`].
-pub(super) fn pins() -> Result<[(&'static str, PathBuf); 3], CaptureError> {
+pub(super) fn pins() -> Result<[(&'static str, PathBuf); 4], CaptureError> {
     let directory = PathBuf::from(PIN_DIRECTORY);
     fs::create_dir_all(&directory).map_err(|source| CaptureError::Pin {
         what: "creating (is bpffs mounted on /sys/fs/bpf?)",
@@ -150,6 +153,8 @@ pub(super) fn remove_pins() -> Result<(), CaptureError> {
 pub(super) struct Host {
     threads: HashMap<MapData, Key, Entry>,
     groups: HashMap<MapData, u32, Group>,
+    /// Not there if the programs are of a build that marked none.
+    marked: Option<HashMap<MapData, u32, Marked>>,
     words: Mapping,
 }
 
@@ -160,12 +165,17 @@ impl Host {
     /// [`CaptureError::Load`] if they are not there, or of another kind.
     pub(super) fn open() -> Result<Self, CaptureError> {
         let other = |error: MapError| CaptureError::Load(format!("the host's maps: {error}"));
-        let [threads, groups, words] =
+        let [threads, groups, words, marked] =
             MAPS.map(|(_, pin)| MapData::from_pin(pin_of(pin)).map_err(other));
+        let marked = match marked {
+            Ok(map) => Some(HashMap::try_from(Map::HashMap(map)).map_err(other)?),
+            Err(_) => None,
+        };
         let bytes = (held::HOST_WORDS * 8).next_multiple_of(page_bytes());
         Ok(Self {
             threads: HashMap::try_from(Map::HashMap(threads?)).map_err(other)?,
             groups: HashMap::try_from(Map::HashMap(groups?)).map_err(other)?,
+            marked,
             words: Mapping::new(words?.fd().as_fd(), 0, bytes, true, "the host's words")?,
         })
     }
@@ -218,7 +228,7 @@ pub(super) trait HeldMaps {
     fn group(&self, group: u32) -> Option<Group>;
     /// Makes a record for a held group that has none.
     fn enter_group(&mut self, group: u32, record: Group);
-    /// Drops a group's record.
+    /// Drops a group's record, and its marks.
     fn forget_group(&mut self, group: u32);
     /// Does something while the group's turn is odd, which it is until the signal to go on is sent:
     /// threads of it that come to a gate meanwhile wait for the end of that, and those that came before
@@ -255,6 +265,9 @@ impl HeldMaps for Host {
 
     fn forget_group(&mut self, group: u32) {
         self.groups.remove(&group).ok();
+        if let Some(marked) = &mut self.marked {
+            marked.remove(&group).ok();
+        }
     }
 
     fn in_turn<T>(

@@ -99,9 +99,22 @@ pub(super) fn attach(options: &CaptureOptions) -> Result<Attached, CaptureError>
     })
 }
 
-/// The gate of the set of programs that is pinned for a volume.
-pub(super) fn pinned_gate(volume: &str) -> Option<Gate> {
-    Gate::open(pinned_control(volume)?).ok()
+/// The gate of the set of programs that is pinned for a volume; `None` if there is none.
+///
+/// # Errors
+/// [`CaptureError::OtherGate`]: whom the programs hold nobody here can tell.
+pub(super) fn pinned_gate(volume: &str) -> Result<Option<Gate>, CaptureError> {
+    let Some(control) = pinned_control(volume) else {
+        return Ok(None);
+    };
+    match Gate::open(control) {
+        Ok(gate) => Ok(Some(gate)),
+        Err(CaptureError::Load(reason)) => Err(CaptureError::OtherGate {
+            volume: volume.to_owned(),
+            reason,
+        }),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether programs are pinned for a volume, or some of them.
@@ -112,7 +125,7 @@ pub(super) fn is_pinned(volume: &str) -> bool {
 /// Removes the programs and pins of a volume, unless somebody is held before its gate, whom nobody
 /// could continue any more, or an NFS server whose replies would leave.
 pub(super) fn remove(volume: &str) -> Result<(), CaptureError> {
-    if let Some(gate) = pinned_gate(volume)
+    if let Some(gate) = pinned_gate(volume)?
         && !gate.own_entries().is_empty()
     {
         return Err(CaptureError::Held(volume.to_owned()));

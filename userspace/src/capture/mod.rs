@@ -184,29 +184,52 @@ impl Capture {
         load::remove(volume_name)
     }
 
-    /// Removes the programs of a volume that this node has lost. Who is held before its gate is ended:
-    /// what was confirmed to them may be reverted by the new owner, so that they must never be told.
-    /// Their process ids. So is the kernel's NFS server if it still has to answer; if it does not end, the
-    /// programs stay and refuse.
+    /// Whether anything of an earlier agent's is pinned, whole or not.
+    #[must_use]
+    pub fn has_pins(volume_name: &str) -> bool {
+        load::is_pinned(volume_name)
+    }
+
+    /// Ends who is held before the gate of a volume that this node has lost: what was confirmed to them may
+    /// be reverted by the new owner, so that they must never be told. So is the kernel's NFS server if it
+    /// still has to answer. The programs stay, and hold whoever comes next. The process ids of the ended.
     ///
     /// # Errors
-    /// [`CaptureError::Pin`]; [`CaptureError::RepliesHeld`].
-    pub fn abandon(volume_name: &str) -> Result<Vec<u32>, CaptureError> {
-        if !load::is_pinned(volume_name) {
-            return Ok(Vec::new());
-        }
-        let mut gate = load::pinned_gate(volume_name);
-        let mut kill = || gate.as_mut().map(Gate::kill_held).unwrap_or_default();
-        let mut killed = kill();
+    /// [`CaptureError::OtherGate`]; [`CaptureError::RepliesHeld`] if the server does not end.
+    pub fn end_held(volume_name: &str) -> Result<Vec<u32>, CaptureError> {
+        let mut gate = load::pinned_gate(volume_name)?;
+        let killed = gate.as_mut().map(Gate::kill_held).unwrap_or_default();
         if load::pinned_control(volume_name).is_some_and(|control| control.holds_replies())
             && !server::end()
         {
             return Err(CaptureError::RepliesHeld(volume_name.to_owned()));
         }
+        Ok(killed)
+    }
+
+    /// Ends the kernel's NFS server if it exports anything below `mount_point`, which it keeps mounted; whether
+    /// it did, and has ended.
+    #[must_use]
+    pub fn end_server_of(mount_point: &Path) -> bool {
+        server::exports(mount_point) && server::end()
+    }
+
+    /// Removes the programs of a volume that this node has lost and unmounted, so that nothing more can be
+    /// confirmed on it, and ends whoever they still hold, see [`Self::end_held`]. If that fails they stay.
+    /// The process ids of the ended.
+    ///
+    /// # Errors
+    /// [`CaptureError::Pin`]; those of [`Self::end_held`].
+    pub fn abandon(volume_name: &str) -> Result<Vec<u32>, CaptureError> {
+        if !load::is_pinned(volume_name) {
+            return Ok(Vec::new());
+        }
+        let mut killed = Self::end_held(volume_name)?;
+        let mut gate = load::pinned_gate(volume_name)?;
         load::detach(volume_name)?;
         // Who looked at the gate just then.
         std::thread::sleep(std::time::Duration::from_millis(100));
-        killed.extend(kill());
+        killed.extend(gate.as_mut().map(Gate::kill_held).unwrap_or_default());
         Ok(killed)
     }
 
@@ -215,13 +238,19 @@ impl Capture {
     /// # Errors
     /// [`CaptureError::System`].
     pub fn claim(volume_name: &str) -> Result<(), CaptureError> {
-        load::pinned_gate(volume_name).map_or(Ok(()), |gate| gate.claim())
+        load::pinned_control(volume_name).map_or(Ok(()), |control| control.name_agent())
     }
 
     /// Opens the gate of what an earlier agent left attached, and continues who is held before it.
     /// Only where no region can be merged into the volume.
-    pub fn open_pinned_gate(volume_name: &str) {
-        if let Some(mut gate) = load::pinned_gate(volume_name)
+    ///
+    /// # Errors
+    /// [`CaptureError::OtherGate`]: who is held already stays so, and who comes from now on is not.
+    pub fn open_pinned_gate(volume_name: &str) -> Result<(), CaptureError> {
+        if let Some(control) = load::pinned_control(volume_name) {
+            control.open_gate();
+        }
+        if let Some(mut gate) = load::pinned_gate(volume_name)?
             && !gate.open_for_all()
         {
             tracing::error!(
@@ -229,6 +258,7 @@ impl Capture {
                 "not everybody held before the gate could be continued"
             );
         }
+        Ok(())
     }
 
     /// Whether the programs ran already: nothing was missed since the agent before. Then they are

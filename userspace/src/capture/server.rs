@@ -4,7 +4,9 @@
 //! answer, and its cache of replies, are gone then. It must never be ended for a volume that this node
 //! still owns.
 
+use std::ffi::OsString;
 use std::fs;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -13,6 +15,8 @@ use std::time::Duration;
 pub(super) const REFUSES: &str = "gate_reply";
 const THREADS: &str = "/proc/fs/nfsd/threads";
 const PORTS: &str = "/proc/fs/nfsd/portlist";
+/// What it was asked for lately.
+const EXPORTS: &str = "/proc/fs/nfsd/exports";
 /// `PF_KTHREAD`.
 const KERNEL_THREAD: u64 = 0x0020_0000;
 /// Its threads end what they are at first, and that may be a disk that does not answer.
@@ -32,6 +36,45 @@ pub(super) fn is_running() -> bool {
         .any(|entry| {
             fs::read_to_string(entry.path().join("stat")).is_ok_and(|stat| is_thread(&stat))
         })
+}
+
+/// Whether it was asked for anything below a mount point, or at it.
+pub(super) fn exports(mount_point: &Path) -> bool {
+    let Ok(list) = fs::read_to_string(EXPORTS) else {
+        return false;
+    };
+    list.lines().any(|line| is_export_below(line, mount_point))
+}
+
+/// From a line of the list: the path, in which odd characters are `\\ooo`, then to whom.
+fn is_export_below(line: &str, mount_point: &Path) -> bool {
+    let Some((path, _)) = line.split_once(['\t', ' ']) else {
+        return false;
+    };
+    Path::new(&unescaped(path)).starts_with(mount_point)
+}
+
+/// As `seq_path` and the server's own lists write it (`qword_add`, net/sunrpc/cache.c).
+fn unescaped(path: &str) -> OsString {
+    let mut bytes = Vec::new();
+    let mut rest = path.as_bytes();
+    while let Some((&first, behind)) = rest.split_first() {
+        let octal = |digits: &[u8]| {
+            let digits = std::str::from_utf8(digits).ok()?;
+            u8::from_str_radix(digits, 8).ok()
+        };
+        match behind.get(..3).filter(|_| first == b'\\').and_then(octal) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = behind.get(3..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(first);
+                rest = behind;
+            }
+        }
+    }
+    OsString::from_vec(bytes)
 }
 
 /// Whether it takes requests over RDMA.
@@ -71,7 +114,20 @@ pub(super) fn end() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_thread;
+    use std::path::Path;
+
+    use super::{is_export_below, is_thread};
+
+    #[test]
+    fn an_export_below_the_mount_point_keeps_it_mounted() {
+        let at = |line| is_export_below(line, Path::new("/srv/a b"));
+        assert!(at("/srv/a\\040b\t*(rw,no_root_squash,sync)"));
+        assert!(at("/srv/a\\040b/c\t*(rw)"));
+        assert!(!at("/srv/a\\040bc\t*(rw)"));
+        assert!(!at("/srv\t*(rw)"));
+        assert!(!at("# Version 1.1"));
+        assert!(!at("/srv/a\\9"));
+    }
 
     #[test]
     fn only_a_thread_of_the_kernel_is_the_server() {

@@ -214,7 +214,7 @@ fn who_was_stopped_by_others_stays_so_and_is_not_held_any_more() {
     maps.threads.insert(process.key(ONE, 1), waits);
     let by_stop = Signal::STOP.as_raw().unsigned_abs().into();
     maps.groups
-        .insert(process.group(), [by_stop, process.started, 0]);
+        .insert(process.group(), [by_stop, process.started]);
     let held = release(&mut maps, &stand(ONE, 100), THIS);
     assert_eq!(held.remaining, 0);
     assert!(process.is_stopped());
@@ -244,7 +244,7 @@ fn what_is_left_of_a_dead_process_neither_waits_nor_holds_who_has_its_number() {
     maps.threads.insert(process.key(OTHER, 1), dead);
     let waits = entry(100, process.started, held::STOPPED);
     maps.threads.insert(process.key(ONE, 2), waits);
-    maps.groups.insert(process.group(), [0, process.started, 0]);
+    maps.groups.insert(process.group(), [0, process.started]);
     let held = release(&mut maps, &stand(ONE, 99), THIS);
     assert_eq!((held.remaining, maps.threads.len()), (1, 1));
     assert!(maps.groups.contains_key(&process.group()));
