@@ -296,7 +296,7 @@ impl Keeper {
         let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
         let silent_for = lock(&self.node.peer_view).silent_for;
         let detected: (Stamp, Duration) = (driver.now(), silent_for);
-        let mut takeover = self.takeover(begin, detected);
+        let mut takeover = self.takeover(begin, detected, &mut driver);
         self.say(
             Role::Mirror,
             Protection::Suspended,
@@ -304,7 +304,7 @@ impl Keeper {
         );
         let mut retry_at = Instant::now();
         while !self.node.stopping() {
-            self.hear_person(&mut takeover);
+            self.hear_person(&mut takeover, &mut driver);
             if Instant::now() < retry_at {
                 self.node.pause(LOOK_EVERY);
                 continue;
@@ -344,7 +344,12 @@ impl Keeper {
         Next::Stop
     }
 
-    fn takeover(&self, begin: Begin, detected: (Stamp, Duration)) -> Takeover {
+    fn takeover(
+        &self,
+        begin: Begin,
+        detected: (Stamp, Duration),
+        driver: &mut Successor,
+    ) -> Takeover {
         let (name, peer) = (&self.volume.name, &self.node.peer);
         let has_fence = self.node.config.cluster.fence_command.is_some();
         let of = |cause| Takeover::new(name, peer, cause, has_fence, detected);
@@ -352,14 +357,15 @@ impl Keeper {
             Begin::Claim(cause) => of(cause),
             Begin::Confirmed => {
                 let mut takeover = of(Cause::OwnerDead);
-                self.confirm(&mut takeover);
+                self.confirm(&mut takeover, driver);
                 takeover
             }
             Begin::Merging => Takeover::resumed(name, peer, detected),
         }
     }
 
-    fn confirm(&self, takeover: &mut Takeover) {
+    fn confirm(&self, takeover: &mut Takeover, driver: &mut Successor) {
+        driver.remember_slot();
         let state = self.node.peer_state();
         if let Err(error) = takeover.confirm_dead(&self.node.peer, state) {
             tracing::warn!(%error, "the word of a person was not taken");
@@ -367,7 +373,7 @@ impl Keeper {
     }
 
     /// Asks a person what the takeover waits for, and hands it the word that was given.
-    fn hear_person(&self, takeover: &mut Takeover) {
+    fn hear_person(&self, takeover: &mut Takeover, driver: &mut Successor) {
         let name = &self.volume.name;
         let question = if takeover.waits_for_judgement() {
             Some(Question::IsRegionVoid)
@@ -382,7 +388,7 @@ impl Keeper {
                 takeover.discard_region();
             }
             Some(Question::IsPeerDead) if self.node.was_told(name, Question::IsPeerDead) => {
-                self.confirm(takeover);
+                self.confirm(takeover, driver);
             }
             _ => {}
         }

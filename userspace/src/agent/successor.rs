@@ -24,7 +24,7 @@ use crate::cluster::fence::fence;
 use crate::cluster::mailbox::word_of;
 use crate::cluster::mounts::{self, MountState};
 use crate::cluster::ownership::Word;
-use crate::cluster::standing::{Fallen, Slot, claim_of, is_fenced};
+use crate::cluster::standing::{Fallen, Slot, claim_of, is_fenced, is_not_outbid};
 use crate::cluster::takeover::{
     Claimed, Fenced, FencedBy, Judged, Judgement, Merged, Mounted, Replayed, Revoked, Saved,
     Settled, Stamp, StepResult, TakeoverDriver,
@@ -55,6 +55,8 @@ pub struct Successor {
     held: Epoch,
     /// Phase of the word from which this node, which owns the volume, took it over for itself.
     owned: Option<Phase>,
+    /// The owner's slot when a person called it dead.
+    judged: Option<Slot>,
 }
 
 /// Where the copies of a volume's regions are kept.
@@ -69,12 +71,18 @@ impl Successor {
             node,
             volume,
             began: Instant::now(),
+            judged: None,
             merge: None,
             sentinel: None,
             unmounted: false,
             held: Epoch(0),
             owned: None,
         }
+    }
+
+    /// A person calls the owner dead: remembers the sign of life that this was said about.
+    pub fn remember_slot(&mut self) {
+        self.judged = Some(self.node.ledger.peer_slot());
     }
 
     fn saved(&self) -> PathBuf {
@@ -123,14 +131,22 @@ impl Successor {
     }
 
     /// Whether the peer has claimed the volume since this node did.
-    fn look_again(&self) -> anyhow::Result<Result<(), Fallen>> {
-        Ok(self.node.ledger.is_not_outbid(&self.volume.name)?)
+    fn look_again(&mut self) -> anyhow::Result<Result<(), Fallen>> {
+        let (ledger, name) = (&self.node.ledger, &self.volume.name);
+        let now = ledger.say_and_look()?;
+        let own = ledger.claim(name).context("there is no claim")?;
+        let stands = is_not_outbid(&own, name, &now);
+        if stands.is_err() {
+            self.give_back_to_itself(&now)?;
+        }
+        Ok(stands)
     }
 
     /// Whether the fence holds; if so this node merges from here on.
     fn claim_merging_it(&mut self, by: FencedBy) -> anyhow::Result<Result<(), Fallen>> {
         let (ledger, name) = (&self.node.ledger, &self.volume.name);
-        let (judged, now) = (ledger.peer_slot(), ledger.say_and_look()?);
+        let judged = self.judged.clone().unwrap_or_else(|| ledger.peer_slot());
+        let now = ledger.say_and_look()?;
         let own = ledger.claim(name).context("there is no claim")?;
         if let Err(fallen) = is_fenced(by, &own, name, &judged, &now) {
             self.give_back_to_itself(&now)?;

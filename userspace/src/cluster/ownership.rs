@@ -260,7 +260,7 @@ fn as_owner(facts: &Facts<'_>, own: &VolumeClaim, peer: &Peer<'_>) -> Decision {
             let (theirs, ours) = (word.claim.table_version, own.table_version);
             match own.phase {
                 _ if theirs > ours => Decision::TakenOver,
-                _ if theirs == ours => Decision::Suspended(Doubt::BothClaim),
+                _ if theirs == ours => at_a_tie(facts, own, word.claim),
                 // The takeover fenced nobody yet, and the peer lives: it was a false alarm.
                 Phase::Claiming if word.live => Decision::Mirror,
                 Phase::Merging | Phase::Settled | Phase::Unmerged if word.serving => {
@@ -270,6 +270,18 @@ fn as_owner(facts: &Facts<'_>, own: &VolumeClaim, peer: &Peer<'_>) -> Decision {
             }
         }
         Peer::Says(_) | Peer::Nothing => as_undisputed_owner(facts, own),
+    }
+}
+
+/// Both nodes claimed the volume at once, and each may have found the other's word. Who fenced nobody yet
+/// mounted nothing and gives way; of two such nodes the one that is named later does.
+fn at_a_tie(facts: &Facts<'_>, own: &VolumeClaim, theirs: &VolumeClaim) -> Decision {
+    match (own.phase, theirs.phase) {
+        (Phase::Claiming, Phase::Claiming) if *facts.this_node < theirs.owner => {
+            Decision::FinishTakeover
+        }
+        (Phase::Claiming, _) => Decision::Mirror,
+        _ => Decision::Suspended(Doubt::BothClaim),
     }
 }
 
