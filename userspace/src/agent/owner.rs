@@ -28,8 +28,8 @@ use super::relink;
 use super::watch;
 use crate::board::VolumeBoard;
 use crate::capture::{
-    Capture, CaptureOptions, Continuity, Filesystem, GapCounts, Need, RingConsumer, calibrate,
-    kernel_device, may_skip_hooks,
+    Capture, CaptureOptions, Continuity, Filesystem, GapCounts, Need, RingConsumer, bpf_lsm_active,
+    calibrate, kernel_device, may_skip_hooks,
 };
 use crate::cluster::control::{Request, Response};
 use crate::cluster::ownership::is_claimed_by_peer;
@@ -482,8 +482,7 @@ fn blind_spots(capture: &Capture) -> Vec<String> {
         .filter(|disabled| matches!(disabled.hook.need, Need::Notices(_)))
         .map(|disabled| disabled.hook.function.to_owned());
     // Without it in the list of security modules its hooks can be attached and never run.
-    let security = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
-    let no_bpf = !security.trim().split(',').any(|module| module == "bpf");
-    let ioctls = no_bpf.then(|| "file_ioctl (add bpf to the boot parameter lsm=)".to_owned());
+    let ioctls =
+        (!bpf_lsm_active()).then(|| "file_ioctl (add bpf to the boot parameter lsm=)".to_owned());
     disabled.chain(ioctls).collect()
 }

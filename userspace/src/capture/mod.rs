@@ -41,7 +41,7 @@ pub use gate::{Gate, Held};
 pub use hooks::{HOOKS, Hook, Kind, Need};
 pub use load::{DisabledHook, escaped};
 pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
-pub use probe::{Feature, features, may_skip_hooks};
+pub use probe::{Feature, bpf_lsm_active, features, may_skip_hooks};
 pub use redirty::{Redirtied, redirty};
 pub use ring::{RingConsumer, Run, Woken};
 

@@ -196,7 +196,8 @@ fn has_symbol(name: &str) -> bool {
 
 /// Whether BPF is among the security modules in use. Which these are is settled when the kernel boots, and
 /// looked at once.
-pub(super) fn bpf_lsm_active() -> bool {
+#[must_use]
+pub fn bpf_lsm_active() -> bool {
     static ACTIVE: std::sync::LazyLock<bool> = std::sync::LazyLock::new(is_bpf_in_lsm_list);
     *ACTIVE
 }

@@ -4,17 +4,21 @@
 //! answer, and its cache of replies, are gone then. It must never be ended for a volume that this node
 //! still owns.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
+use std::{fs, io};
 
 /// The program that refuses its replies.
 pub(super) const REFUSES: &str = "gate_reply";
 const THREADS: &str = "/proc/fs/nfsd/threads";
-const PORTS: &str = "/proc/fs/nfsd/portlist";
+/// Below a process's root.
+const PORTS: &str = "proc/fs/nfsd/portlist";
+/// What the kernel's RPC can use, in all namespaces.
+const TRANSPORTS: &str = "/proc/sys/sunrpc/transports";
 /// What it was asked for lately.
 const EXPORTS: &str = "/proc/fs/nfsd/exports";
 /// `PF_KTHREAD`.
@@ -77,9 +81,44 @@ fn unescaped(path: &str) -> OsString {
     OsString::from_vec(bytes)
 }
 
-/// Whether it takes requests over RDMA.
+/// Whether it may take requests over RDMA, in whatever network namespace. What cannot be read counts as yes.
 pub(super) fn serves_over_rdma() -> bool {
-    fs::read_to_string(PORTS).is_ok_and(|ports| ports.lines().any(|port| port.starts_with("rdma")))
+    match fs::read_to_string(TRANSPORTS) {
+        Ok(list) => list.lines().any(is_rdma) && is_running() && may_listen_over_rdma(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// Of a list of transports or ports.
+fn is_rdma(line: &str) -> bool {
+    line.split(' ').next() == Some("rdma")
+}
+
+/// The ports are listed for the network namespace in which the list was mounted, so every mount namespace
+/// is looked at.
+fn may_listen_over_rdma() -> bool {
+    let Ok(processes) = procfs::process::all_processes() else {
+        return true;
+    };
+    let mut looked_at = BTreeSet::new();
+    let mut is_listed = false;
+    for process in processes.flatten() {
+        let root = Path::new("/proc").join(process.pid.to_string());
+        // One that ended.
+        let Ok(namespace) = fs::read_link(root.join("ns/mnt")) else {
+            continue;
+        };
+        if !looked_at.insert(namespace) {
+            continue;
+        }
+        if let Ok(ports) = fs::read_to_string(root.join("root").join(PORTS)) {
+            is_listed = true;
+            if ports.lines().any(is_rdma) {
+                return true;
+            }
+        }
+    }
+    !is_listed
 }
 
 /// From a process's /proc/PID/stat.
