@@ -76,7 +76,7 @@ struct Stop {
     until_ns: u64,
     key: [u64; held::KEY_WORDS],
     entry: [u64; held::WORDS],
-    group: [u64; held::GROUP_WORDS],
+    ticks: u64,
     /// On odd words, which the verifier does not follow: the callback converges.
     _0: u32,
     signalled: u32,
@@ -84,6 +84,8 @@ struct Stop {
     done: u32,
     _2: u32,
     refused: u32,
+    _3: u32,
+    entered: u32,
 }
 
 extern "C" fn stop_once(_: u64, stop: *mut c_void) -> i64 {
@@ -98,10 +100,9 @@ extern "C" fn stop_once(_: u64, stop: *mut c_void) -> i64 {
     if before & 1 == 1 && !is_over {
         return 0;
     }
-    if stop.signalled == 0 {
-        stop.group = new_group(stop.group[held::GROUP_STARTED_TICKS]);
+    if enter_group(number, stop.ticks) {
+        stop.entered = 1;
     }
-    enter_group(number, &stop.group);
     if HELD.insert(&stop.key, &stop.entry, 0).is_err() {
         stop.refused = 1;
         return 1;
@@ -109,6 +110,9 @@ extern "C" fn stop_once(_: u64, stop: *mut c_void) -> i64 {
     barrier(control);
     if stop.signalled == 0 && turn(number) != before && !is_over {
         return 0;
+    }
+    if stop.signalled == 0 && stop.entered != 0 {
+        heed_others_stop(&stop.key, stop.ticks);
     }
     // SAFETY: the helper has no precondition. Refused while the one before is on its way on this
     // processor, to the first process, and to one that ends.
@@ -123,31 +127,86 @@ extern "C" fn stop_once(_: u64, stop: *mut c_void) -> i64 {
     i64::from(is_over)
 }
 
-/// Enters a group that is to be held. What another thread of it has entered stays as it is; what is left
-/// of a process that ended, and whose number the group has got, does not.
+/// Enters a group that is to be held; whether it was not there. What another thread of it has entered
+/// stays as it is; what is left of a process that ended, and whose number the group has got, does not.
 #[inline(always)]
-pub fn enter_group(number: u32, group: &[u64; held::GROUP_WORDS]) {
+pub fn enter_group(number: u32, ticks: u64) -> bool {
     let is_other = HELD_GROUPS.get_ptr(&number).is_some_and(|found| {
         // SAFETY: the map's value.
-        unsafe { (*found)[held::GROUP_STARTED_TICKS] != group[held::GROUP_STARTED_TICKS] }
+        unsafe { (*found)[held::GROUP_STARTED_TICKS] != ticks }
     });
     let flags = if is_other { 0 } else { BPF_NOEXIST };
-    let _ = HELD_GROUPS.insert(&number, group, flags);
+    HELD_GROUPS.insert(&number, &[0, ticks], flags).is_ok()
 }
 
-/// The record of a group that nobody has entered yet.
-#[inline(always)]
-pub fn new_group(ticks: u64) -> [u64; held::GROUP_WORDS] {
-    // Not by us: nobody continues a group that others have stopped.
-    let signal = if is_being_stopped() {
-        SIGSTOP as u64
-    } else {
-        0
+/// The search for another held thread of a group.
+#[repr(C)]
+struct Search {
+    thread: u64,
+    ticks: u64,
+    /// On an odd word, as in [`Stop`].
+    _0: u32,
+    found: u32,
+}
+
+extern "C" fn is_other_of_group(
+    _: *mut c_void,
+    key: *const [u64; held::KEY_WORDS],
+    entry: *const [u64; held::WORDS],
+    search: *mut c_void,
+) -> i64 {
+    // SAFETY: `heed_others_stop` passes a pointer to its state; the map's key and value.
+    let (search, thread, ticks) = unsafe {
+        (
+            &mut *search.cast::<Search>(),
+            core::ptr::read_volatile(key.cast::<u64>().wrapping_add(held::THREAD)),
+            core::ptr::read_volatile(entry.cast::<u64>().wrapping_add(held::STARTED_TICKS)),
+        )
     };
-    [signal, ticks]
+    if thread >> 32 == search.thread >> 32 && thread != search.thread && ticks == search.ticks {
+        search.found = 1;
+        return 1;
+    }
+    0
 }
 
-/// Whether somebody else is stopping the running thread group, or has sent it the signal that will.
+/// Nobody continues a group that others have stopped, so who has entered it looks whether they are at it.
+/// That it is being stopped tells nothing while other threads of it are held: then the signal is ours. To be
+/// called with the own entry in the map, and no turn since: whoever is about to continue the group finds it.
+#[inline(always)]
+pub fn heed_others_stop(key: &[u64; held::KEY_WORDS], ticks: u64) {
+    if !is_being_stopped() {
+        return;
+    }
+    let mut search = Search {
+        thread: key[held::THREAD],
+        ticks,
+        _0: 0,
+        found: 0,
+    };
+    // SAFETY: the callback gets a pointer to this state, which outlives the loop.
+    let found = unsafe {
+        bpf_for_each_map_elem(
+            (&raw const HELD).cast_mut().cast(),
+            is_other_of_group as *mut c_void,
+            core::ptr::from_mut(&mut search).cast(),
+            0,
+        );
+        core::ptr::read_volatile(&raw const search.found)
+    };
+    let number = (key[held::THREAD] >> 32) as u32;
+    if found == 0
+        && let Some(group) = HELD_GROUPS.get_ptr_mut(&number)
+    {
+        // SAFETY: the map's value; a word is written whole.
+        unsafe {
+            let word = group.cast::<u64>().wrapping_add(held::GROUP_SIGNAL);
+            core::ptr::write_volatile(word, SIGSTOP as u64);
+        }
+    }
+}
+
+/// Whether somebody is stopping the running thread group, or has sent it the signal that will.
 #[inline(always)]
 fn is_being_stopped() -> bool {
     // SAFETY: the current task is valid; a fault reads as zero.
@@ -177,13 +236,15 @@ pub fn hold(control: Control, wait: &Wait) {
             ticks,
             held::STOPPING,
         ],
-        group: [0, ticks],
+        ticks,
         _0: 0,
         signalled: 0,
         _1: 0,
         done: 0,
         _2: 0,
         refused: 0,
+        _3: 0,
+        entered: 0,
     };
     let state = core::ptr::from_mut(&mut stop).cast();
     // SAFETY: the callback gets a pointer to this state, which outlives the loop.
@@ -203,7 +264,7 @@ pub fn hold(control: Control, wait: &Wait) {
         stop.entry[held::STATE] = held::STOPPED;
         let _ = HELD.insert(&stop.key, &stop.entry, 0);
         // An agent that has just continued the group may have taken its record away.
-        enter_group((stop.key[held::THREAD] >> 32) as u32, &stop.group);
+        enter_group((stop.key[held::THREAD] >> 32) as u32, ticks);
         control.increment(control::GATE_HOLDS);
     } else {
         let _ = HELD.remove(&stop.key);

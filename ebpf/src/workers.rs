@@ -80,9 +80,11 @@ struct Mark {
     until_ns: u64,
     key: [u64; held::KEY_WORDS],
     entry: [u64; held::WORDS],
-    /// On an odd word, which the verifier does not follow: the callback converges.
+    /// On odd words, which the verifier does not follow: the callback converges.
     _0: u32,
     done: u32,
+    _1: u32,
+    entered: u32,
 }
 
 /// Adds this volume's mark to the group's. What is left of a process that ended, and whose number the group
@@ -119,7 +121,9 @@ extern "C" fn mark_once(_: u64, mark: *mut c_void) -> i64 {
         return i64::from(is_over);
     }
     let ticks = mark.entry[held::STARTED_TICKS];
-    enter_group(number, &new_group(ticks));
+    if enter_group(number, ticks) {
+        mark.entered = 1;
+    }
     mark_group(number, ticks);
     if HELD.insert(&mark.key, &mark.entry, 0).is_err() {
         return 1;
@@ -127,6 +131,9 @@ extern "C" fn mark_once(_: u64, mark: *mut c_void) -> i64 {
     barrier(control);
     // Whoever continues the group from now on finds the entry.
     if turn(number) == before {
+        if mark.entered != 0 {
+            heed_others_stop(&mark.key, ticks);
+        }
         mark.done = 1;
         return 1;
     }
@@ -149,6 +156,8 @@ fn enter(control: Control, wait: &Wait) -> bool {
         ],
         _0: 0,
         done: 0,
+        _1: 0,
+        entered: 0,
     };
     let state = core::ptr::from_mut(&mut mark).cast();
     // SAFETY: the callback gets a pointer to this state, which outlives the loop.

@@ -4,6 +4,7 @@
 //! never guess: a member that is missing under all its names is an error.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use btf_rs::{Btf, BtfType, Struct, Type};
 
@@ -117,6 +118,29 @@ const VALUES: &[(&str, &str, &str)] = &[
     ("ITER_IOVEC", "iter_type", "ITER_IOVEC"),
 ];
 
+/// A global of the eBPF side, and its value.
+pub(super) type Setting = (&'static str, u64);
+
+/// Found once: reading the types takes longer than all the rest of attaching.
+static RUNNING: OnceLock<Vec<Setting>> = OnceLock::new();
+
+/// [`KernelTypes::globals`] of the running kernel.
+///
+/// # Errors
+/// [`CaptureError::NoBtf`], [`CaptureError::NoMember`].
+pub(super) fn running_globals() -> Result<&'static [Setting], CaptureError> {
+    if let Some(globals) = RUNNING.get() {
+        return Ok(globals);
+    }
+    let globals = KernelTypes::read()?.globals()?;
+    Ok(RUNNING.get_or_init(|| globals))
+}
+
+/// Keeps what [`running_globals`] would find.
+pub(super) fn remember(globals: &[Setting]) {
+    RUNNING.get_or_init(|| globals.to_vec());
+}
+
 /// The running kernel's types.
 pub(super) struct KernelTypes {
     btf: Btf,
@@ -150,7 +174,7 @@ impl KernelTypes {
     ///
     /// # Errors
     /// [`CaptureError::NoMember`].
-    pub(super) fn globals(&self) -> Result<Vec<(&'static str, u64)>, CaptureError> {
+    pub(super) fn globals(&self) -> Result<Vec<Setting>, CaptureError> {
         let mut globals = Vec::with_capacity(MEMBERS.len() + VALUES.len() + 1);
         for (global, structure, members) in MEMBERS {
             let offset = members

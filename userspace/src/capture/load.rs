@@ -9,6 +9,8 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use aya::maps::{Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -16,7 +18,7 @@ use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use twinwrite_abi::{ABI_VERSION, control};
 
-use super::btf::{KERNEL_BTF, KernelTypes};
+use super::btf::{KERNEL_BTF, running_globals};
 use super::control::Control;
 use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
@@ -269,7 +271,13 @@ fn duplicate(map: &MapData) -> Result<OwnedFd, CaptureError> {
     fd.map_err(|source| CaptureError::system("duplicating a map's descriptor", source))
 }
 
+/// Volumes attach one after the other: each takes the processors for seconds, and the first ones are
+/// protected while the next ones wait.
+static ATTACHING: Mutex<()> = Mutex::new(());
+
 fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureError> {
+    let _turn = ATTACHING.lock().unwrap_or_else(PoisonError::into_inner);
+    let began = Instant::now();
     let mut ebpf = {
         // Nobody removes the host's maps before this volume's directory is there.
         let lock = HostLock::open()?;
@@ -291,6 +299,7 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
         })?;
         Ok(map)
     };
+    let loaded = Instant::now();
     let [control_map, ring_map] = MAPS.map(&mut pinned);
     let (control_map, ring_map) = (control_map?, ring_map?);
     let control = Control::map(control_map.fd().as_fd())?;
@@ -309,6 +318,12 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
     control.set(control::FILESYSTEM, options.filesystem as u64);
     control.set(control::DISABLED, mask);
     control.set(control::STATE, control::ATTACHED);
+    tracing::info!(
+        volume = options.volume_name,
+        object_ms = loaded.duration_since(began).as_millis(),
+        programs_ms = loaded.elapsed().as_millis(),
+        "the capture programs are attached"
+    );
     Ok(Attached {
         ring: duplicate(&ring_map)?,
         control,
@@ -321,12 +336,14 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
 }
 
 fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
-    let mut globals = KernelTypes::read()?.globals()?;
-    globals.push(("TARGET_DEV", options.device.into()));
+    let device = u64::from(options.device);
     let mut loader = EbpfLoader::new();
-    for (name, value) in &globals {
+    // The programs read no structure whose layout would have to be looked up there.
+    loader.btf(None);
+    for (name, value) in running_globals()? {
         loader.override_global(name, value, true);
     }
+    loader.override_global("TARGET_DEV", &device, true);
     loader.map_max_entries("RING", options.ring_bytes);
     for (name, path) in host::pins()? {
         loader.map_pin_path(name, path);

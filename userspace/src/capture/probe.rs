@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::btf::KernelTypes;
+use super::btf::{self, KernelTypes};
 use super::hooks::{HOOKS, Hook, Kind, Need};
 use super::object::object;
 
@@ -66,6 +66,9 @@ pub fn features() -> Vec<Feature> {
         Ok(types) => {
             list.push(Feature::new("kernel BTF", true, true, ""));
             let members = types.globals();
+            if let Ok(globals) = &members {
+                btf::remember(globals);
+            }
             let words = members
                 .as_ref()
                 .map_or_else(ToString::to_string, |_| String::new());

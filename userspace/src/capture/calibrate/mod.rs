@@ -15,6 +15,7 @@ mod operations;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::Instant;
 
 use twinwrite_abi::control;
 
@@ -52,6 +53,7 @@ pub fn calibrate(capture: &Capture, mount_point: &Path) -> Result<Calibration, C
             "a capture that was taken over is calibrated already".to_owned(),
         ));
     }
+    let began = Instant::now();
     let directory = mount_point.join(".twinwrite").join("calibrate");
     clear(&directory)?;
     fs::create_dir_all(&directory).map_err(|source| {
@@ -64,6 +66,11 @@ pub fn calibrate(capture: &Capture, mount_point: &Path) -> Result<Calibration, C
     let control = capture.control();
     control.acknowledge_gaps(&control.gaps());
     control.set(control::STATE, control::ATTACHED | control::CALIBRATED);
+    tracing::info!(
+        volume = capture.options().volume_name,
+        ms = began.elapsed().as_millis(),
+        "the hooks tell what they must"
+    );
     Ok(calibration)
 }
 
