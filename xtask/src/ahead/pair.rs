@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(40);
 const ASK_AFTER: Duration = Duration::from_secs(4);
 /// An empty database in the machines' image.
 const TEMPLATE: &str = "/var/lib/postgresql/template";
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
