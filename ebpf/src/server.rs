@@ -157,7 +157,7 @@ pub fn gate_server_metadata(ctx: RawTracePointContext) -> i32 {
         return 0;
     }
     let wait = if gate::is_log_whole(control) {
-        Wait::until_mirrored(producer_position(), generation)
+        gate::until_captured(control, generation)
     } else {
         gate::until_checkpoint(control, generation)
     };
