@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::*;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, RingBuf};
 use twinwrite_abi::{
-    CONTROL_SLOTS, RECORD_ALIGN, RING_HEADER_BYTES, RecordHeader, TICK_NS, control, gap, op,
+    CONTROL_SLOTS, RECORD_ALIGN, RING_HEADER_BYTES, RecordHeader, TICK_NS, control, flag, gap, op,
 };
 
 use crate::config::*;
@@ -300,7 +300,7 @@ pub fn emit<T: Copy>(control: Control, record: T) -> Option<u64> {
 }
 
 /// [`emit`] for a record that nobody waits for: it goes with the next one, or when the consumer looks the
-/// next time.
+/// next time. Who comes to wait for it all the same calls [`wake_consumer`].
 #[inline(always)]
 pub fn emit_unhurried<T: Copy>(control: Control, record: T) -> Option<u64> {
     let place = reserve::<T>(control)?;
@@ -312,6 +312,25 @@ pub fn emit_unhurried<T: Copy>(control: Control, record: T) -> Option<u64> {
         bpf_ringbuf_submit(place.cast(), flags);
     }
     Some(end)
+}
+
+/// Wakes the consumer if it sleeps, for whoever waits for what it has been told, perhaps unhurriedly, or
+/// wants a proof. Only a record can do that: this one is a mark that proves nothing, of no inode.
+///
+/// After the ring's position, or the count of what is wanted, was read or raised: the consumer sets
+/// `ASLEEP` and only then looks at them, so one of the two sees the other.
+#[inline(always)]
+pub fn wake_consumer(control: Control) {
+    // A full memory barrier.
+    core::hint::black_box(control.add(control::UNHURRIED, 0));
+    if control.read(control::ASLEEP) == 0 {
+        return;
+    }
+    // SAFETY: all members are integers.
+    let mut head: Head = unsafe { core::mem::zeroed() };
+    head.op = op::FSYNC;
+    head.flags = flag::DATASYNC | flag::UNLINKED | flag::TAINTED;
+    emit(control, head);
 }
 
 /// Notes a change that is not captured: counts it, and writes a GAP record if it is the first of

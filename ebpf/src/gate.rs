@@ -230,7 +230,13 @@ pub fn require(
         until_checkpoint(control, generation)
     } else {
         let position = held::position_to_wait_for(before, mark_end, is_whole);
-        Wait::until_mirrored(position, generation)
+        let wait = Wait::until_mirrored(position, generation);
+        if for_mark {
+            // It was unhurried if the log was whole until then.
+            told(control, wait)
+        } else {
+            wait
+        }
     };
     let flags = task_flags();
     if flags & CANNOT_STOP != 0 {
@@ -491,7 +497,7 @@ fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wa
         }
         // It flushes no disk, so it confirms nothing that older records could take away.
         Class::Range if range_flags & RANGE_WAITS == 0 => None,
-        Class::Range => Some(Wait::until_mirrored(producer_position(), generation)),
+        Class::Range => Some(until_captured(control, generation)),
         Class::SyncFile => Some(until_settled(
             control,
             generation,
@@ -512,10 +518,28 @@ fn is_quiet(control: Control, inode: u64) -> bool {
 #[inline(always)]
 fn until_settled(control: Control, generation: u64, is_quiet: bool) -> Wait {
     if is_quiet && is_log_whole(control) {
-        Wait::until_mirrored(producer_position(), generation)
+        until_captured(control, generation)
     } else {
         until_checkpoint(control, generation)
     }
+}
+
+/// Until what was captured so far is mirrored, also what no mark of the running call tells the agent of.
+#[inline(always)]
+pub fn until_captured(control: Control, generation: u64) -> Wait {
+    told(
+        control,
+        Wait::until_mirrored(producer_position(), generation),
+    )
+}
+
+/// The agent looks for what somebody is going to wait for.
+#[inline(always)]
+fn told(control: Control, wait: Wait) -> Wait {
+    if !wait.is_over(control) {
+        wake_consumer(control);
+    }
+    wait
 }
 
 /// Until nothing that was captured so far can be replayed.
@@ -524,7 +548,7 @@ pub fn until_checkpoint(control: Control, generation: u64) -> Wait {
     let position = producer_position();
     // After the position was read: see the agent's side.
     control.increment(control::PROOFS_WANTED);
-    Wait::until_proven(position, generation)
+    told(control, Wait::until_proven(position, generation))
 }
 
 /// The end of every system call: where a thread waits.

@@ -2,8 +2,8 @@
 //!
 //! A thread of the server sends its reply itself. While what a reply may confirm has not passed the gate,
 //! sending fails; the server then closes the connection, and its client, which never saw the reply,
-//! connects and sends the request again. Nobody looks longer at a gate that stands still, so that such
-//! a round is all that this costs.
+//! connects and sends the request again. A reply waits on the processor as long as the gate moves, up to a
+//! limit. Nobody looks longer at a gate that stands still, so that such a round is all that this costs.
 //!
 //! A request that is sent again may be answered by any thread, from the server's cache of replies (or
 //! the slot of a session), without another fsync. So what is waited for is kept by volume, not by
@@ -12,14 +12,17 @@
 //! A program must never refuse anything but what such a thread sends to the network: not a packet of
 //! another part of the kernel, nor of the agent.
 
+use core::ffi::c_void;
+
 use aya_ebpf::helpers::bpf_get_current_comm;
+use aya_ebpf::helpers::generated::bpf_loop;
 use aya_ebpf::macros::{lsm, raw_tracepoint};
 use aya_ebpf::programs::{LsmContext, RawTracePointContext};
 use twinwrite_abi::{control, gap, held};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate::{self, KERNEL_THREAD, Wait, look, note};
+use crate::gate::{self, KERNEL_THREAD, Wait, note};
 
 /// `PF_MEMALLOC`: what drivers of network disks set where they send for whoever waits for the disk.
 const FOR_A_DISK: u32 = 0x0000_0800;
@@ -28,8 +31,14 @@ const SERVER: [u8; 5] = *b"nfsd\0";
 /// The server asks a daemon of its own host.
 const AF_UNIX: u16 = 1;
 const EAGAIN: i32 = 11;
-/// How long a reply may wait on the processor: a refused one costs its client seconds.
-const REPLY_LOOK_NS: u64 = 10_000_000;
+/// How long a reply waits on the processor for a gate that does not move: a refused one costs its client
+/// seconds.
+const REPLY_STILL_NS: u64 = 10_000_000;
+/// How long it waits in all.
+const REPLY_LOOK_NS: u64 = 1_000_000_000;
+/// Bounds of the look (the first is `BPF_MAX_LOOPS`); the time limits end it before.
+const LOOKS_MAX: u32 = 1 << 23;
+const ROUNDS_MAX: u32 = 8;
 
 /// Whether the running thread is one of the kernel's NFS server.
 #[inline(always)]
@@ -72,7 +81,76 @@ pub fn holds_reply(control: Control, wait: &Wait) -> bool {
     true
 }
 
-/// Whether everything has passed that the server was told to wait for, or does within a short while.
+/// A reply's look at the gate.
+#[repr(C)]
+struct Look {
+    wait: Wait,
+    until_ns: u64,
+    /// Where the gate stood at the last look, and since when.
+    stands_at: u64,
+    stands_since_ns: u64,
+    /// On odd words, which the verifier does not follow: the callback converges.
+    _0: u32,
+    open: u32,
+    _1: u32,
+    over: u32,
+}
+
+extern "C" fn look_once(_: u64, look: *mut c_void) -> i64 {
+    // SAFETY: `is_reached` passes a pointer to its state.
+    let look = unsafe { &mut *look.cast::<Look>() };
+    let Some(control) = Control::get() else {
+        return 1;
+    };
+    if look.wait.is_over(control) {
+        look.open = 1;
+        look.over = 1;
+        return 1;
+    }
+    let now_ns = gate::now_ns();
+    let stands_at = control.read(control::GATE_OPEN_TO);
+    if stands_at != look.stands_at {
+        look.stands_at = stands_at;
+        look.stands_since_ns = now_ns;
+    }
+    if now_ns >= look.until_ns || now_ns >= look.stands_since_ns + REPLY_STILL_NS {
+        look.over = 1;
+        return 1;
+    }
+    0
+}
+
+/// Looks at the gate as long as it moves; whether it came to where `wait` is over. While it lags behind all
+/// the time, a client that was refused would find it lagging again.
+#[inline(always)]
+fn is_reached(control: Control, wait: Wait) -> bool {
+    let now_ns = gate::now_ns();
+    let mut look = Look {
+        wait,
+        until_ns: now_ns + REPLY_LOOK_NS,
+        stands_at: control.read(control::GATE_OPEN_TO),
+        stands_since_ns: now_ns,
+        _0: 0,
+        open: 0,
+        _1: 0,
+        over: 0,
+    };
+    let state: *mut Look = &raw mut look;
+    let mut round = 0;
+    while round < ROUNDS_MAX {
+        // SAFETY: the callback gets a pointer to this state, which outlives the loop.
+        unsafe { bpf_loop(LOOKS_MAX, look_once as *mut c_void, state.cast(), 0) };
+        // SAFETY: the callback wrote it.
+        if unsafe { core::ptr::read_volatile(&raw const (*state).over) } != 0 {
+            break;
+        }
+        round += 1;
+    }
+    // SAFETY: as above.
+    unsafe { core::ptr::read_volatile(&raw const (*state).open) != 0 }
+}
+
+/// Whether everything has passed that the server was told to wait for, or does while the gate moves.
 #[inline(always)]
 fn may_reply(control: Control) -> bool {
     let closed = control.read(control::SERVER_CLOSED);
@@ -96,7 +174,7 @@ fn may_reply(control: Control) -> bool {
     }
     let stands_still =
         control.read(control::SERVER_STALLED_AT) == control.read(control::GATE_OPEN_TO);
-    !stands_still && look(control, until_mirrored, REPLY_LOOK_NS)
+    !stands_still && is_reached(control, until_mirrored)
 }
 
 /// Whether this socket leads to the network.
@@ -157,7 +235,7 @@ pub fn gate_server_metadata(ctx: RawTracePointContext) -> i32 {
         return 0;
     }
     let wait = if gate::is_log_whole(control) {
-        Wait::until_mirrored(producer_position(), generation)
+        gate::until_captured(control, generation)
     } else {
         gate::until_checkpoint(control, generation)
     };

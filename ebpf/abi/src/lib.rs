@@ -54,7 +54,8 @@ pub mod op {
     pub const TMPFILE: u8 = 8;
     /// A symlink: [`super::NameBody`], the name, then `data_len` bytes of target.
     pub const SYMLINK: u8 = 9;
-    /// An fsync-class call succeeded: range `pos..=size_after`, `arg` = ring position at its entry.
+    /// An fsync-class call succeeded: range `pos..=size_after`, `arg` = ring position at its entry. One of
+    /// inode 0 proves nothing: a program has woken the agent with it.
     pub const FSYNC: u8 = 10;
     /// A change that was noticed and not captured: `arg` is a [`super::gap`] reason.
     pub const GAP: u8 = 11;

@@ -286,8 +286,8 @@ impl<'a> Pump<'a> {
         if let Some(link) = &mut self.link
             && (self.core.in_flight() > 0 || self.woken_by_link)
         {
-            self.woken_by_link = false;
-            if link.arm().is_err() {
+            let woken = std::mem::take(&mut self.woken_by_link);
+            if link.arm(woken).is_err() {
                 return Ok(());
             }
             // A completion may have come between the last look and the arming.

@@ -221,7 +221,7 @@ fn wait(link: &mut dyn Link, completed: &mut Vec<PostId>) -> Result<(), LinkErro
     if completed.len() > before {
         return Ok(());
     }
-    link.arm()?;
+    link.arm(true)?;
     link.poll(completed)?;
     if completed.len() == before {
         let slept = wait_readable(link, Duration::from_millis(500));

@@ -144,11 +144,12 @@ pub trait Link: Send {
     /// A descriptor that becomes readable when a completion may be there, so that a caller can sleep
     /// (`None`: the caller must poll). Arm it with [`Link::arm`] before sleeping, then poll once more.
     fn event_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>>;
-    /// Asks for one event on [`Link::event_fd`] at the next completion.
+    /// Asks for one event on [`Link::event_fd`] at the next completion of what is posted. `woken`: the descriptor
+    /// was seen readable since the last call.
     ///
     /// # Errors
     /// As [`Link::poll`].
-    fn arm(&mut self) -> Result<(), LinkError>;
+    fn arm(&mut self, woken: bool) -> Result<(), LinkError>;
     /// Whether ring bytes go to the wire from the ring's own memory.
     fn zero_copy(&self) -> bool;
 }

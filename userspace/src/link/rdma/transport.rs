@@ -233,6 +233,8 @@ impl Outgoing for RdmaOutgoing {
             in_flight: VecDeque::with_capacity(WINDOW_POSTS),
             posted: 0,
             found: Vec::with_capacity(WINDOW_POSTS),
+            is_armed: false,
+            is_event_due: false,
             broken: None,
         }))
     }
@@ -248,6 +250,10 @@ struct RdmaLink {
     in_flight: VecDeque<(u64, PostId)>,
     posted: u64,
     found: Vec<Completion>,
+    /// The next completion gives an event: none was seen since the queue was armed.
+    is_armed: bool,
+    /// A completion was seen that gave, or is about to give, an event.
+    is_event_due: bool,
     /// Why nothing works any more.
     broken: Option<String>,
 }
@@ -262,6 +268,21 @@ impl RdmaLink {
     fn end(&mut self, why: String) -> LinkError {
         self.broken = Some(why.clone());
         LinkError::Broken(why)
+    }
+
+    /// Takes the event that is there, and asks for the next one where something may give it. Each is a system
+    /// call, and an fsync's writes come one by one.
+    fn take_event_and_arm(&mut self, woken: bool) -> Result<(), LinkError> {
+        if woken || self.is_event_due {
+            // One for each arming; a later one wakes again.
+            self.completions.take_event()?;
+            (self.is_event_due, self.is_armed) = (false, false);
+        }
+        if !self.is_armed && !self.in_flight.is_empty() {
+            self.completions.arm()?;
+            self.is_armed = true;
+        }
+        Ok(())
     }
 
     /// Puts a post's bytes where the device finds them.
@@ -352,6 +373,9 @@ impl Link for RdmaLink {
             self.broken = Some(error.to_string());
             return Err(error);
         }
+        if !self.found.is_empty() {
+            self.is_event_due |= std::mem::take(&mut self.is_armed);
+        }
         for index in 0..self.found.len() {
             let Some(completion) = self.found.get(index).copied() else {
                 break;
@@ -374,10 +398,9 @@ impl Link for RdmaLink {
         Some(self.completions.event_fd())
     }
 
-    fn arm(&mut self) -> Result<(), LinkError> {
+    fn arm(&mut self, woken: bool) -> Result<(), LinkError> {
         self.check_alive()?;
-        self.completions
-            .arm()
+        self.take_event_and_arm(woken)
             .inspect_err(|error| self.broken = Some(error.to_string()))
     }
 

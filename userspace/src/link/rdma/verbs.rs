@@ -321,31 +321,36 @@ impl CompletionQueue {
         Ok(())
     }
 
-    /// Clears past events and asks for one at the next completion.
-    pub(super) fn arm(&self) -> Result<(), LinkError> {
+    /// Takes an event off the descriptor, if there is one.
+    pub(super) fn take_event(&self) -> Result<(), LinkError> {
         loop {
             let (mut queue, mut context) = (null_mut(), null_mut());
             // SAFETY: the channel is live and non-blocking; both results are ours to fill.
             let result = unsafe {
                 ibv_get_cq_event(self.channel.as_ptr(), &raw mut queue, &raw mut context)
             };
-            if result != 0 {
-                let error = io::Error::last_os_error();
-                match error.kind() {
-                    io::ErrorKind::WouldBlock => break,
-                    io::ErrorKind::Interrupted => continue,
-                    _ => {
-                        let what = "cannot read a completion event".into();
-                        return Err(LinkError::System {
-                            what,
-                            source: error,
-                        });
-                    }
+            if result == 0 {
+                // SAFETY: the event belongs to this queue, the only one of the channel.
+                unsafe { ibv_ack_cq_events(queue, 1) };
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            match error.kind() {
+                io::ErrorKind::WouldBlock => return Ok(()),
+                io::ErrorKind::Interrupted => {}
+                _ => {
+                    let what = "cannot read a completion event".into();
+                    return Err(LinkError::System {
+                        what,
+                        source: error,
+                    });
                 }
             }
-            // SAFETY: the event belongs to this queue, the only one of the channel.
-            unsafe { ibv_ack_cq_events(queue, 1) };
         }
+    }
+
+    /// Asks for one event at the next completion.
+    pub(super) fn arm(&self) -> Result<(), LinkError> {
         // SAFETY: the queue is live.
         let result = unsafe { ibv_req_notify_cq(self.pointer(), 0) };
         system_result(result, || "cannot arm the completion queue".into())

@@ -308,7 +308,7 @@ impl Link for TcpLink {
         Some(self.wake.0.as_fd())
     }
 
-    fn arm(&mut self) -> Result<(), LinkError> {
+    fn arm(&mut self, _woken: bool) -> Result<(), LinkError> {
         self.check_alive()?;
         let wants = !self.unsent.is_empty();
         if wants != self.wants_to_send {
