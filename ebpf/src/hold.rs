@@ -139,10 +139,10 @@ pub fn enter_group(number: u32, ticks: u64) -> bool {
     HELD_GROUPS.insert(&number, &[0, ticks], flags).is_ok()
 }
 
-/// The search for another held thread of a group.
+/// The search for another entry of a group.
 #[repr(C)]
 struct Search {
-    thread: u64,
+    key: [u64; held::KEY_WORDS],
     ticks: u64,
     /// On an odd word, as in [`Stop`].
     _0: u32,
@@ -156,14 +156,18 @@ extern "C" fn is_other_of_group(
     search: *mut c_void,
 ) -> i64 {
     // SAFETY: `heed_others_stop` passes a pointer to its state; the map's key and value.
-    let (search, thread, ticks) = unsafe {
+    let (search, key, ticks) = unsafe {
         (
             &mut *search.cast::<Search>(),
-            core::ptr::read_volatile(key.cast::<u64>().wrapping_add(held::THREAD)),
+            core::ptr::read_volatile(key),
             core::ptr::read_volatile(entry.cast::<u64>().wrapping_add(held::STARTED_TICKS)),
         )
     };
-    if thread >> 32 == search.thread >> 32 && thread != search.thread && ticks == search.ticks {
+    let is_own = key[held::THREAD] == search.key[held::THREAD]
+        && key[held::DEVICE] == search.key[held::DEVICE]
+        && key[held::SINCE_NS] == search.key[held::SINCE_NS];
+    let is_of_group = key[held::THREAD] >> 32 == search.key[held::THREAD] >> 32;
+    if is_of_group && !is_own && ticks == search.ticks {
         search.found = 1;
         return 1;
     }
@@ -171,7 +175,7 @@ extern "C" fn is_other_of_group(
 }
 
 /// Nobody continues a group that others have stopped, so who has entered it looks whether they are at it.
-/// That it is being stopped tells nothing while other threads of it are held: then the signal is ours. To be
+/// That it is being stopped tells nothing while the group has other entries: then the signal is ours. To be
 /// called with the own entry in the map, and no turn since: whoever is about to continue the group finds it.
 #[inline(always)]
 pub fn heed_others_stop(key: &[u64; held::KEY_WORDS], ticks: u64) {
@@ -179,7 +183,7 @@ pub fn heed_others_stop(key: &[u64; held::KEY_WORDS], ticks: u64) {
         return;
     }
     let mut search = Search {
-        thread: key[held::THREAD],
+        key: *key,
         ticks,
         _0: 0,
         found: 0,

@@ -114,6 +114,7 @@ impl Gate {
             }
             self.host.forget(&key);
             self.host.forget_group(group);
+            self.host.unmark(group);
         }
         killed
     }
@@ -131,6 +132,7 @@ impl Gate {
         // Before the entries are read: an entry is made before its mark is counted.
         let marks = self.control.get(control::MARKS);
         let held = release(&mut self.host, &stand, self.this_process);
+        forget_left_over(&mut self.host, self.this_process);
         if !self.host.entries().iter().any(|(key, _)| self.is_own(key)) {
             self.control.set(control::MARKS_SETTLED, marks);
         }
@@ -251,7 +253,14 @@ fn continue_group(
             .group(group)
             .filter(|record| record[held::GROUP_STARTED_TICKS] == started)
             .unwrap_or_default();
-        go_on(process, record[held::GROUP_SIGNAL])?;
+        // Before the signal, which ends the turn: a worker that marks the group after that stays marked.
+        let marked = maps.unmark(group);
+        if let Err(error) = go_on(process, record[held::GROUP_SIGNAL]) {
+            if let Some(marked) = marked {
+                maps.mark(group, marked);
+            }
+            return Err(error);
+        }
         forget(maps, group, entries);
         Ok(true)
     })
@@ -264,7 +273,30 @@ fn forget_dead(
     group: u32,
     entries: &[(Key, Entry)],
 ) {
-    maps.in_turn(group, this_process, |maps| forget(maps, group, entries));
+    maps.in_turn(group, this_process, |maps| {
+        maps.unmark(group);
+        forget(maps, group, entries);
+    });
+}
+
+/// Records of groups that nobody is held of any more, as a thread leaves one that enters its group while that
+/// is continued. With a record nobody else could continue the group.
+fn forget_left_over(maps: &mut impl HeldMaps, this_process: (u32, u64)) {
+    let is_held = |maps: &_, group| {
+        HeldMaps::entries(maps)
+            .iter()
+            .any(|(key, _)| group_of(key) == group)
+    };
+    for group in maps.groups() {
+        if !is_held(maps, group) {
+            // Who enters it just now begins anew after the turn.
+            maps.in_turn(group, this_process, |maps| {
+                if !is_held(maps, group) {
+                    maps.forget_group(group);
+                }
+            });
+        }
+    }
 }
 
 fn forget(maps: &mut impl HeldMaps, group: u32, entries: &[(Key, Entry)]) {

@@ -27,7 +27,7 @@ pub(super) type Entry = [u64; held::WORDS];
 /// A held group.
 pub(super) type Group = [u64; held::GROUP_WORDS];
 /// A marked group.
-type Marked = [u64; held::MARKED_WORDS];
+pub(super) type Marked = [u64; held::MARKED_WORDS];
 
 const PIN_DIRECTORY: &str = "/sys/fs/bpf/twinwrite-gate";
 /// The maps: names in the object, and of the pins.
@@ -228,8 +228,14 @@ pub(super) trait HeldMaps {
     fn group(&self, group: u32) -> Option<Group>;
     /// Makes a record for a held group that has none.
     fn enter_group(&mut self, group: u32, record: Group);
-    /// Drops a group's record, and its marks.
+    /// Drops a group's record.
     fn forget_group(&mut self, group: u32);
+    /// All groups that have a record.
+    fn groups(&self) -> Vec<u32>;
+    /// Takes a group's marks away.
+    fn unmark(&mut self, group: u32) -> Option<Marked>;
+    /// Gives them back.
+    fn mark(&mut self, group: u32, marked: Marked);
     /// Does something while the group's turn is odd, which it is until the signal to go on is sent:
     /// threads of it that come to a gate meanwhile wait for the end of that, and those that came before
     /// are in the map.
@@ -265,8 +271,22 @@ impl HeldMaps for Host {
 
     fn forget_group(&mut self, group: u32) {
         self.groups.remove(&group).ok();
-        if let Some(marked) = &mut self.marked {
-            marked.remove(&group).ok();
+    }
+
+    fn groups(&self) -> Vec<u32> {
+        self.groups.keys().filter_map(Result::ok).collect()
+    }
+
+    fn unmark(&mut self, group: u32) -> Option<Marked> {
+        let map = self.marked.as_mut()?;
+        let marked = map.get(&group, 0).ok()?;
+        map.remove(&group).ok()?;
+        Some(marked)
+    }
+
+    fn mark(&mut self, group: u32, marked: Marked) {
+        if let Some(map) = &mut self.marked {
+            map.insert(group, marked, 0).ok();
         }
     }
 

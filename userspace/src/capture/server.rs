@@ -47,6 +47,7 @@ pub(super) fn exports(mount_point: &Path) -> bool {
     let Ok(list) = fs::read_to_string(EXPORTS) else {
         return false;
     };
+    let mount_point = &fs::canonicalize(mount_point).unwrap_or_else(|_| mount_point.to_owned());
     list.lines().any(|line| is_export_below(line, mount_point))
 }
 

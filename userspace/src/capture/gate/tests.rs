@@ -1,6 +1,6 @@
 use std::process::{Child, Command};
 
-use super::super::host::Group;
+use super::super::host::{Group, Marked};
 use super::*;
 
 const THIS: (u32, u64) = (1, 1);
@@ -12,6 +12,7 @@ const OTHER: u64 = 22;
 struct Maps {
     threads: BTreeMap<Key, Entry>,
     groups: BTreeMap<u32, Group>,
+    marked: BTreeMap<u32, Marked>,
     turns: u64,
     /// Comes to a gate just before the next turn begins, after the entries were read.
     late: Option<(Key, Entry)>,
@@ -44,6 +45,18 @@ impl HeldMaps for Maps {
 
     fn forget_group(&mut self, group: u32) {
         self.groups.remove(&group);
+    }
+
+    fn groups(&self) -> Vec<u32> {
+        self.groups.keys().copied().collect()
+    }
+
+    fn unmark(&mut self, group: u32) -> Option<Marked> {
+        self.marked.remove(&group)
+    }
+
+    fn mark(&mut self, group: u32, marked: Marked) {
+        self.marked.insert(group, marked);
     }
 
     fn in_turn<T>(&mut self, _: u32, _: (u32, u64), act: impl FnOnce(&mut Self) -> T) -> T {
@@ -252,6 +265,43 @@ fn what_is_left_of_a_dead_process_neither_waits_nor_holds_who_has_its_number() {
     assert_eq!((held.remaining, held.waited_ns.len()), (0, 1));
     process.becomes(false);
     assert!(maps.threads.is_empty() && maps.groups.is_empty());
+}
+
+#[test]
+fn a_record_without_an_entry_keeps_nobody_from_being_continued() {
+    let process = Stopped::start();
+    let mut maps = Maps::default();
+    maps.groups.insert(process.group(), [0, process.started]);
+    maps.groups.insert(1, [0, 1]);
+    maps.threads.insert(
+        process.key(ONE, 2),
+        entry(100, process.started, held::STOPPED),
+    );
+    forget_left_over(&mut maps, THIS);
+    assert!(maps.groups.contains_key(&process.group()) && maps.groups.len() == 1);
+    // Who comes to the gate meanwhile keeps it.
+    maps.late = maps.threads.pop_first();
+    forget_left_over(&mut maps, THIS);
+    assert_eq!(maps.groups.len(), 1);
+    maps.threads.clear();
+    forget_left_over(&mut maps, THIS);
+    assert!(maps.groups.is_empty());
+}
+
+#[test]
+fn the_marks_go_with_the_group_that_goes_on() {
+    let process = Stopped::start();
+    let mut maps = Maps::default();
+    let group = process.group();
+    maps.groups.insert(group, [0, process.started]);
+    maps.marked.insert(group, [process.started, 1]);
+    let waits = entry(100, process.started, held::STOPPED);
+    maps.threads.insert(process.key(ONE, 1), waits);
+    release(&mut maps, &stand(ONE, 99), THIS);
+    assert!(maps.marked.contains_key(&group));
+    release(&mut maps, &stand(ONE, 100), THIS);
+    process.becomes(false);
+    assert!(maps.marked.is_empty());
 }
 
 #[test]
