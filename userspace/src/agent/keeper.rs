@@ -18,11 +18,12 @@ use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::control::{Request, Response};
 use crate::cluster::mailbox::{AgentState, NodeReport};
-use crate::cluster::mounts::{self, MountState};
+use crate::cluster::mounts::{self, MountError, MountState};
 use crate::cluster::ownership::{
     Decision, Facts, LiveAnswer, decide, first_word, is_claimed_by_peer,
 };
 use crate::cluster::questions::Question;
+use crate::cluster::standing::Slot;
 use crate::cluster::takeover::{Cause, Progress, Stamp, Takeover, TakeoverDriver as _};
 use crate::config::{MountBy, Volume};
 use crate::durability::closing::Proven;
@@ -287,16 +288,24 @@ impl Keeper {
     }
 
     fn take_over(&self, begin: Begin) -> Next {
-        // One that goes on may have mounted the volume for the merge.
-        if begin == Begin::Merging {
+        let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
+        let spoken_of = self.node.ledger.peer_slot();
+        // Programs that stay must not hold this process.
+        if let Err(error) = Capture::claim(&self.volume.name) {
+            tracing::error!(volume = %self.volume.name, "{error}");
+        }
+        // One that goes on may have mounted the volume for the merge, and an owner serves it.
+        if begin == Begin::Merging || self.is_owner() {
             self.abandon_capture();
         } else if !self.let_go() {
             return Next::Decide;
         }
-        let mut driver = Successor::new(Arc::clone(&self.node), self.volume.clone());
         let silent_for = lock(&self.node.peer_view).silent_for;
         let detected: (Stamp, Duration) = (driver.now(), silent_for);
-        let mut takeover = self.takeover(begin, detected, &mut driver);
+        let mut takeover = self.takeover(begin, detected);
+        if begin == Begin::Confirmed {
+            self.confirm(&mut takeover, &mut driver, spoken_of);
+        }
         self.say(
             Role::Mirror,
             Protection::Suspended,
@@ -344,32 +353,30 @@ impl Keeper {
         Next::Stop
     }
 
-    fn takeover(
-        &self,
-        begin: Begin,
-        detected: (Stamp, Duration),
-        driver: &mut Successor,
-    ) -> Takeover {
+    fn takeover(&self, begin: Begin, detected: (Stamp, Duration)) -> Takeover {
         let (name, peer) = (&self.volume.name, &self.node.peer);
         let has_fence = self.node.config.cluster.fence_command.is_some();
         let of = |cause| Takeover::new(name, peer, cause, has_fence, detected);
         match begin {
             Begin::Claim(cause) => of(cause),
-            Begin::Confirmed => {
-                let mut takeover = of(Cause::OwnerDead);
-                self.confirm(&mut takeover, driver);
-                takeover
-            }
+            Begin::Confirmed => of(Cause::OwnerDead),
             Begin::Merging => Takeover::resumed(name, peer, detected),
         }
     }
 
-    fn confirm(&self, takeover: &mut Takeover, driver: &mut Successor) {
-        driver.remember_slot();
+    /// A person says that the owner is dead, whose slot was this when it was said.
+    fn confirm(&self, takeover: &mut Takeover, driver: &mut Successor, spoken_of: Slot) {
         let state = self.node.peer_state();
-        if let Err(error) = takeover.confirm_dead(&self.node.peer, state) {
-            tracing::warn!(%error, "the word of a person was not taken");
+        match takeover.confirm_dead(&self.node.peer, state) {
+            Ok(()) => driver.remember_slot(spoken_of),
+            Err(error) => tracing::warn!(%error, "the word of a person was not taken"),
         }
+    }
+
+    /// This node's own word is that it owns the volume, and no claim that may fall.
+    fn is_owner(&self) -> bool {
+        let own = self.node.ledger.claim(&self.volume.name);
+        own.is_some_and(|own| own.owner == self.node.id && own.phase != Phase::Claiming)
     }
 
     /// Asks a person what the takeover waits for, and hands it the word that was given.
@@ -383,12 +390,13 @@ impl Keeper {
             None
         };
         self.node.ask_person(name, question);
+        let spoken_of = self.node.ledger.peer_slot();
         match question {
             Some(Question::IsRegionVoid) if self.node.was_told(name, Question::IsRegionVoid) => {
                 takeover.discard_region();
             }
             Some(Question::IsPeerDead) if self.node.was_told(name, Question::IsPeerDead) => {
-                self.confirm(takeover, driver);
+                self.confirm(takeover, driver, spoken_of);
             }
             _ => {}
         }
@@ -586,22 +594,43 @@ impl Keeper {
             Ok(killed) => self.tell_killed(&killed),
             Err(error) => tracing::error!(volume = %name, "{error}"),
         }
-        if let Err(error) = mounts::unmount(&self.volume) {
-            // What it exports stays mounted as long as it runs.
-            if !Capture::end_server_of(&self.volume.mount_point)
-                || mounts::unmount(&self.volume).is_err()
-            {
-                let reason = format!(
-                    "{error}; until then whoever syncs to volume {name} here gets no answer"
-                );
-                tracing::error!(volume = %name, "{reason}");
-                self.say(Role::None, Protection::Suspended, &reason);
-                self.node.pause(DECIDE_EVERY);
-                return false;
-            }
+        if let Err(error) = self.unmount_what_is_lost() {
+            let reason =
+                format!("{error}; until then whoever syncs to volume {name} here gets no answer");
+            return self.keep_holding(&reason);
         }
         self.abandon_capture();
+        if Capture::has_pins(name) {
+            return self.keep_holding("the capture programs of an earlier agent cannot be removed");
+        }
         true
+    }
+
+    fn keep_holding(&self, reason: &str) -> bool {
+        tracing::error!(volume = %self.volume.name, "{reason}");
+        self.say(Role::None, Protection::Suspended, reason);
+        self.node.pause(DECIDE_EVERY);
+        false
+    }
+
+    /// Nobody can change the volume from here when it returns.
+    fn unmount_what_is_lost(&self) -> Result<(), MountError> {
+        let mut result = mounts::unmount(&self.volume);
+        if matches!(result, Err(MountError::Busy { .. })) {
+            // Who has just been ended takes a moment.
+            self.node.pause(DECIDE_EVERY);
+            result = mounts::unmount(&self.volume);
+        }
+        // What the server exports stays mounted as long as it runs.
+        if matches!(result, Err(MountError::Busy { .. }))
+            && Capture::end_server_of(&self.volume.mount_point)
+        {
+            // Should the volume come back, so must the server.
+            self.untold.set(true);
+            result = mounts::unmount(&self.volume);
+        }
+        result?;
+        mounts::require_unused(&self.volume)
     }
 
     /// The peer claims the volume: stop touching it.

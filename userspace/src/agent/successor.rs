@@ -80,9 +80,9 @@ impl Successor {
         }
     }
 
-    /// A person calls the owner dead: remembers the sign of life that this was said about.
-    pub fn remember_slot(&mut self) {
-        self.judged = Some(self.node.ledger.peer_slot());
+    /// A person calls the owner dead, whose slot was this then: the word falls with any later sign of life.
+    pub fn remember_slot(&mut self, spoken_of: Slot) {
+        self.judged = Some(spoken_of);
     }
 
     fn saved(&self) -> PathBuf {

@@ -397,6 +397,40 @@ pub fn unmount(volume: &Volume) -> Result<(), MountError> {
     run(volume, "unmount", command)
 }
 
+/// Nobody has the file system mounted, in another mount namespace either: whoever does keeps the device for
+/// itself (`bd_prepare_to_claim`, block/bdev.c).
+///
+/// # Errors
+/// [`MountError::Busy`], or if the device cannot be opened.
+pub fn require_unused(volume: &Volume) -> Result<(), MountError> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+        .open(&volume.device);
+    let Err(error) = opened else {
+        return Ok(());
+    };
+    let (name, device) = (volume.name.clone(), volume.device.clone());
+    let what = "take for itself";
+    Err(if error.kind() == std::io::ErrorKind::ResourceBusy {
+        MountError::Busy {
+            volume: name,
+            what,
+            device,
+            said: "it is mounted in another mount namespace, or another device lies on it"
+                .to_owned(),
+        }
+    } else {
+        MountError::Failed {
+            volume: name,
+            what,
+            device,
+            said: error.to_string(),
+        }
+    })
+}
+
 fn run(volume: &Volume, what: &'static str, mut command: Command) -> Result<(), MountError> {
     let said = match command.env("LC_ALL", "C").output() {
         Ok(output) if output.status.success() => return Ok(()),

@@ -274,13 +274,15 @@ fn as_owner(facts: &Facts<'_>, own: &VolumeClaim, peer: &Peer<'_>) -> Decision {
 }
 
 /// Both nodes claimed the volume at once, and each may have found the other's word. Who fenced nobody yet
-/// mounted nothing and gives way; of two such nodes the one that is named later does.
+/// mounted nothing and gives way, also to one that has come further once that is settled; of two such nodes
+/// the one that is named later does.
 fn at_a_tie(facts: &Facts<'_>, own: &VolumeClaim, theirs: &VolumeClaim) -> Decision {
     match (own.phase, theirs.phase) {
         (Phase::Claiming, Phase::Claiming) if *facts.this_node < theirs.owner => {
             Decision::FinishTakeover
         }
-        (Phase::Claiming, _) => Decision::Mirror,
+        (Phase::Claiming, Phase::Claiming | Phase::Settled | Phase::Unmerged) => Decision::Mirror,
+        // One that merges for itself says so before anything of it is proven.
         _ => Decision::Suspended(Doubt::BothClaim),
     }
 }

@@ -432,11 +432,14 @@ fn of_two_nodes_that_claim_at_once_one_goes_on() {
     let gives_way = |owner: &NodeId| (Decision::Mirror, owner.clone());
     assert_eq!(decision(&a, claiming, claiming), goes_on(&a));
     assert_eq!(decision(&b, claiming, claiming), gives_way(&a));
-    // Who may have mounted it already stays, and the other gives way, whatever their names are.
-    assert_eq!(decision(&a, claiming, merging), gives_way(&b));
-    assert_eq!(decision(&b, claiming, merging), gives_way(&a));
-    assert_eq!(
-        decision(&b, merging, claiming).0,
-        Decision::Suspended(Doubt::BothClaim)
-    );
+    // Who has mounted it stays, and the other gives way, whatever their names are.
+    let settled = Phase::Settled;
+    assert_eq!(decision(&a, claiming, settled), gives_way(&b));
+    assert_eq!(decision(&b, claiming, settled), gives_way(&a));
+    // Who may not have been checked yet goes on alone no more than the other.
+    for (own, theirs) in [(claiming, merging), (merging, claiming)] {
+        let suspended = Decision::Suspended(Doubt::BothClaim);
+        assert_eq!(decision(&a, own, theirs).0, suspended);
+        assert_eq!(decision(&b, own, theirs).0, suspended);
+    }
 }
