@@ -115,7 +115,7 @@ unsafe fn mark_of(inode: *const u8, datasync: bool) -> Head {
 
 /// Emits a mark, and makes the caller wait for it.
 #[inline(always)]
-fn mark(control: Control, mut head: Head, call: &Call) {
+fn mark(control: Control, mut head: Head, call: &Call, by_worker: bool) {
     let generation = gate::generation(control);
     if control.read(control::WRITEBACK_ERRORS) != control.read(control::WRITEBACK_MENDED) {
         head.flags |= flag::TAINTED;
@@ -128,7 +128,15 @@ fn mark(control: Control, mut head: Head, call: &Call) {
     } else {
         emit(control, head)
     };
-    gate::require(control, generation, before, end, is_directory, call.inode);
+    gate::require(
+        control,
+        generation,
+        before,
+        end,
+        is_directory,
+        call.inode,
+        by_worker,
+    );
 }
 
 #[inline(always)]
@@ -146,7 +154,8 @@ fn leave_file(ctx: &FExitContext, road: u64) -> Option<()> {
         head.size_after = ctx.arg(2);
     }
     head.arg = call.position;
-    mark(control, head, &call);
+    // Workers of io_uring call the innermost function.
+    mark(control, head, &call, range);
     Some(())
 }
 
@@ -214,7 +223,7 @@ fn leave_system_call(ctx: &FExitContext, flags: u8) -> Option<()> {
     let mut head = call.head;
     head.flags |= flags;
     head.arg = call.position;
-    mark(Control::get()?, head, &call);
+    mark(Control::get()?, head, &call, false);
     Some(())
 }
 

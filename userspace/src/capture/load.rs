@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use aya::maps::{Map, MapData};
@@ -271,12 +271,36 @@ fn duplicate(map: &MapData) -> Result<OwnedFd, CaptureError> {
     fd.map_err(|source| CaptureError::system("duplicating a map's descriptor", source))
 }
 
-/// Volumes attach one after the other: each takes the processors for seconds, and the first ones are
-/// protected while the next ones wait.
-static ATTACHING: Mutex<()> = Mutex::new(());
+/// As many volumes attach at once as there are processors: each takes one for seconds, and the first ones
+/// are protected while the next ones wait.
+static ATTACHING: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+/// One of those that attach.
+struct Turn;
+
+impl Turn {
+    fn take() -> Self {
+        let (attaching, left) = &ATTACHING;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let attaching = attaching.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut attaching = left
+            .wait_while(attaching, |attaching| *attaching >= processors)
+            .unwrap_or_else(PoisonError::into_inner);
+        *attaching += 1;
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (attaching, left) = &ATTACHING;
+        *attaching.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        left.notify_one();
+    }
+}
 
 fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureError> {
-    let _turn = ATTACHING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = Turn::take();
     let began = Instant::now();
     let mut ebpf = {
         // Nobody removes the host's maps before this volume's directory is there.
