@@ -9,6 +9,7 @@ mod agent_killed;
 mod agent_restarted;
 mod bad_input;
 pub(crate) mod bench;
+mod claim_withdrawn;
 mod control_loses_unflushed;
 mod disk_ahead;
 mod gate;
@@ -231,6 +232,12 @@ pub const ALL: &[Scenario] = &[
         110,
         Alone(returning_owner::run),
         "an owner that returns after it was taken over mounts and replays nothing, and mirrors",
+    ),
+    scenario(
+        "claim_withdrawn",
+        90,
+        Alone(claim_withdrawn::run),
+        "an owner whose volume is claimed and stays busy confirms nothing, and serves again once it is given back",
     ),
     scenario(
         "paused_owner",
