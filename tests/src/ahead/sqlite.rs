@@ -1,4 +1,6 @@
-//! SQLite with `synchronous=FULL`, which makes every commit durable before it returns.
+//! SQLite, so that every commit is durable before it returns: `synchronous=FULL` with a write-ahead log, `EXTRA`
+//! with a rollback journal, whose removal is the commit. `FULL` leaves that removal to the next fsync, and a power
+//! cut takes the last commit back (<https://sqlite.org/pragma.html#pragma_synchronous>).
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +22,16 @@ pub(super) fn path(directory: &Path) -> PathBuf {
 pub(super) struct Sqlite {
     connection: Connection,
     path: PathBuf,
+    /// The mode in which a commit is durable.
+    durable: &'static str,
+}
+
+fn durable_mode(case: Case) -> &'static str {
+    if case == Case::SqliteWal {
+        "FULL"
+    } else {
+        "EXTRA"
+    }
 }
 
 impl Sqlite {
@@ -43,9 +55,10 @@ impl Sqlite {
         } else {
             "DELETE"
         };
+        let durable = durable_mode(case);
         connection
             .execute_batch(&format!(
-                "PRAGMA journal_mode={journal}; PRAGMA wal_autocheckpoint=0; PRAGMA synchronous=FULL;
+                "PRAGMA journal_mode={journal}; PRAGMA wal_autocheckpoint=0; PRAGMA synchronous={durable};
                  CREATE TABLE cells(id INTEGER PRIMARY KEY, version INTEGER NOT NULL, body BLOB NOT NULL);
                  BEGIN;"
             ))
@@ -56,7 +69,11 @@ impl Sqlite {
                 .map_err(failed)?;
         }
         connection.execute_batch("COMMIT").map_err(failed)?;
-        Ok(Self { connection, path })
+        Ok(Self {
+            connection,
+            path,
+            durable,
+        })
     }
 }
 
@@ -66,7 +83,11 @@ impl Sqlite {
         let path = path(&options.directory);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE;
         match Connection::open_with_flags(&path, flags) {
-            Ok(connection) => Ok(Self { connection, path }),
+            Ok(connection) => Ok(Self {
+                connection,
+                path,
+                durable: durable_mode(options.case),
+            }),
             Err(source) => Err(Error::Database { path, source }),
         }
     }
@@ -75,7 +96,11 @@ impl Sqlite {
 impl Database for Sqlite {
     fn commit(&mut self, version: u64, rows: &[u32], durable: bool) -> Result<(), Error> {
         // A checkpoint without care would leave rows that no later commit makes durable.
-        let (synchronous, checkpoint_pages) = if durable { ("FULL", 24) } else { ("OFF", 0) };
+        let (synchronous, checkpoint_pages) = if durable {
+            (self.durable, 24)
+        } else {
+            ("OFF", 0)
+        };
         let mut work = || {
             self.connection
                 .pragma_update(None, "synchronous", synchronous)?;
