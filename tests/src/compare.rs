@@ -165,6 +165,16 @@ fn differences(expected: &Entry, found: &Entry) -> Vec<String> {
         format!("{:x}", expected.rdev),
         format!("{:x}", found.rdev),
     );
+    field(
+        "extended attributes",
+        format!("{:x?}", expected.xattrs),
+        format!("{:x?}", found.xattrs),
+    );
+    field(
+        "inode flags",
+        format!("{:x}", expected.inode_flags),
+        format!("{:x}", found.inode_flags),
+    );
     let optional = |bytes: &Option<PathBytes>| {
         bytes
             .as_ref()

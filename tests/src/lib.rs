@@ -5,8 +5,8 @@
 //! operation. [`check`] compares the survivor's volume with those. Producing and checking use the
 //! same walker ([`walk`]) and the same manifest ([`manifest`]).
 //!
-//! Nothing here but [`ahead`], [`overwrite`] and [`uring`] may ask the volume for durability (no fsync, no `O_SYNC`): what survives
-//! must have survived because of twinwrite. Nothing here may use twinwrite's own code: an oracle that shares
+//! Nothing here but [`ahead`], [`overwrite`], [`uring`] and some of [`probe`] may ask the volume for durability (no
+//! fsync, no `O_SYNC`): what survives must have survived because of twinwrite. Nothing here may use twinwrite's own code: an oracle that shares
 //! the code under test shares its mistakes.
 
 pub mod ahead;
@@ -15,7 +15,9 @@ pub mod compare;
 pub mod error;
 pub mod escape;
 pub mod manifest;
+mod mapping;
 pub mod overwrite;
+pub mod probe;
 pub mod random;
 pub mod settled;
 pub mod sqlite;

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use twinwrite_tests::check::{Expectations, check};
 use twinwrite_tests::stream::write::Options;
-use twinwrite_tests::{ahead, overwrite, settled, sqlite, stream, uring, walk};
+use twinwrite_tests::{ahead, overwrite, probe, settled, sqlite, stream, uring, walk};
 
 /// Workloads, and the oracle that says what a crash took from them. Only `overwrite`, `uring`, `ahead`, and `stream`
 /// with `--confirm-every`, ask for durability.
@@ -108,6 +108,32 @@ enum Command {
         /// All that was written before the wait had reached the mirror
         #[arg(long)]
         older_mirrored: bool,
+    },
+    /// Carries out one step of the probe of one operation; prints what became of it
+    Probe {
+        /// Which; `probes` lists them
+        #[arg(long)]
+        name: String,
+        /// What to do
+        #[arg(long)]
+        stage: probe::Stage,
+        /// The probe's own directory, on the volume
+        #[arg(long)]
+        directory: PathBuf,
+    },
+    /// Lists the probes
+    Probes,
+    /// Writes down what a directory of the volume shows
+    Describe {
+        /// The volume's mount point
+        #[arg(long)]
+        root: PathBuf,
+        /// The directory, below it
+        #[arg(long)]
+        prefix: PathBuf,
+        /// Where to write the manifest (not on the volume)
+        #[arg(long)]
+        manifest: PathBuf,
     },
     /// Prints a manifest of the whole tree
     Inventory {
@@ -324,6 +350,25 @@ fn run(command: Command) -> anyhow::Result<bool> {
             say(&serde_json::to_string(&found)?)?;
             return Ok(found.pass);
         }
+        Command::Probe {
+            name,
+            stage,
+            directory,
+        } => {
+            let found = probe::find(&name)
+                .with_context(|| format!("no probe `{name}`: `twinwrite-workload probes`"))?;
+            say(&serde_json::to_string(&found.run(stage, &directory)?)?)?;
+        }
+        Command::Probes => {
+            for each in probe::all() {
+                say(&json!({ "name": each.name, "group": each.group }).to_string())?;
+            }
+        }
+        Command::Describe {
+            root,
+            prefix,
+            manifest,
+        } => walk::describe(&root, &prefix)?.save(&manifest)?,
         Command::Inventory { root } => {
             let manifest = walk::describe(&root, "".as_ref())?;
             manifest.write(std::io::BufWriter::new(std::io::stdout().lock()))?;

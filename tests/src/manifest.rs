@@ -4,6 +4,7 @@
 //! The header counts the lines, so that a manifest that was cut short is never taken for a whole
 //! one. A manifest never lies on the volume it describes.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::error::{Error, Told};
 use crate::escape::PathBytes;
 
 /// Version of the manifest's lines.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 /// Content is checked in blocks of this many bytes, so that a difference can be counted.
 pub const BLOCK_BYTES: usize = 64 * 1024;
 
@@ -73,6 +74,12 @@ pub struct Entry {
     /// A device's number; 0 for the rest.
     #[serde(default)]
     pub rdev: u64,
+    /// CRC-32C of each extended attribute's value, ACLs among them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub xattrs: BTreeMap<PathBytes, u32>,
+    /// The flags of a file's or directory's inode that its owner can set and clear (`chattr`).
+    #[serde(default)]
+    pub inode_flags: u32,
 }
 
 /// A database and the rows its last acknowledged commit left.

@@ -4,10 +4,15 @@
 //! anything.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind, Read};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+
+use rustix::fs::{IFlags, ioctl_getflags, lgetxattr, llistxattr};
+use rustix::io::Errno;
 
 use crate::error::Error;
 use crate::escape::PathBytes;
@@ -22,6 +27,17 @@ pub struct Tree {
     /// What could not be read, and why.
     pub unreadable: Vec<(PathBytes, String)>,
 }
+
+/// The most that a list of extended attributes, or one's value, holds (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
+const XATTR_BYTES_MAX: usize = 64 * 1024;
+/// Not those by which a file system tells how it keeps the inode.
+const COMPARED_FLAGS: IFlags = IFlags::APPEND
+    .union(IFlags::IMMUTABLE)
+    .union(IFlags::NODUMP)
+    .union(IFlags::NOATIME)
+    .union(IFlags::SYNC)
+    .union(IFlags::DIRSYNC)
+    .union(IFlags::PROJECT_INHERIT);
 
 /// Names with their inode, to find which are the same file.
 type Links = HashMap<(u64, u64), Vec<PathBytes>>;
@@ -90,6 +106,10 @@ fn visit(
     let full = root.join(path);
     let metadata = fs::symlink_metadata(&full)?;
     let mut entry = attributes(path, &metadata);
+    entry.xattrs = xattrs(&full)?;
+    if matches!(entry.kind, Kind::File | Kind::Directory) {
+        entry.inode_flags = inode_flags(&full)?;
+    }
     let mut children = Vec::new();
     match entry.kind {
         Kind::File => (entry.crc32c, entry.blocks) = content(&full)?,
@@ -132,6 +152,38 @@ fn attributes(path: &Path, metadata: &Metadata) -> Entry {
         target: None,
         link_group: None,
         rdev: if device { metadata.rdev() } else { 0 },
+        xattrs: BTreeMap::new(),
+        inode_flags: 0,
+    }
+}
+
+fn xattrs(path: &Path) -> io::Result<BTreeMap<PathBytes, u32>> {
+    let mut names = vec![0; XATTR_BYTES_MAX];
+    let length = match llistxattr(path, &mut names) {
+        Err(Errno::OPNOTSUPP) => return Ok(BTreeMap::new()),
+        result => result?,
+    };
+    let mut values = BTreeMap::new();
+    let mut value = vec![0; XATTR_BYTES_MAX];
+    for name in names
+        .get(..length)
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+    {
+        if name.is_empty() {
+            continue;
+        }
+        let length = lgetxattr(path, OsStr::from_bytes(name), &mut value)?;
+        let crc = crc32c::crc32c(value.get(..length).unwrap_or_default());
+        values.insert(PathBytes(name.to_vec()), crc);
+    }
+    Ok(values)
+}
+
+fn inode_flags(path: &Path) -> io::Result<u32> {
+    match ioctl_getflags(File::open(path)?) {
+        Err(Errno::NOTTY | Errno::OPNOTSUPP) => Ok(0),
+        result => Ok((result? & COMPARED_FLAGS).bits()),
     }
 }
 

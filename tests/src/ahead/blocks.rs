@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use rustix::io::ReadWriteFlags;
 
 use super::history::Reach;
-use super::mapping::Mapping;
 use super::sector::{BLOCK_BYTES, block};
 use super::{Case, Run};
 use crate::error::{Error, Told as _};
+use crate::mapping::Mapping;
 use crate::random::Random;
 
 /// Blocks of the file: each is a cell.

@@ -11,7 +11,6 @@ mod blocks;
 mod database;
 mod history;
 mod judge;
-mod mapping;
 mod postgres;
 mod replaced;
 mod sector;

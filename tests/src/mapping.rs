@@ -8,14 +8,14 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MsFlags, ProtFlags, mmap, msync, munmap};
 
 /// The mapping of a whole file.
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     address: NonNull<std::ffi::c_void>,
     bytes: NonZeroUsize,
 }
 
 impl Mapping {
     /// Maps the first `bytes` of a file that stays at least so long.
-    pub(super) fn new(file: &File, bytes: NonZeroUsize) -> Result<Self, Errno> {
+    pub(crate) fn new(file: &File, bytes: NonZeroUsize) -> Result<Self, Errno> {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel chooses an address that nothing else in this process uses.
         let address = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, file, 0) }?;
@@ -23,7 +23,7 @@ impl Mapping {
     }
 
     /// Stores bytes at an offset; nothing if they do not fit.
-    pub(super) fn store(&mut self, offset: usize, content: &[u8]) -> bool {
+    pub(crate) fn store(&mut self, offset: usize, content: &[u8]) -> bool {
         let fits = offset
             .checked_add(content.len())
             .is_some_and(|end| end <= self.bytes.get());
@@ -40,7 +40,7 @@ impl Mapping {
     }
 
     /// `msync(MS_SYNC)` of a range that begins on a page.
-    pub(super) fn sync(&self, offset: usize, bytes: usize) -> Result<(), Errno> {
+    pub(crate) fn sync(&self, offset: usize, bytes: usize) -> Result<(), Errno> {
         let end = offset.checked_add(bytes).ok_or(Errno::EINVAL)?;
         if end > self.bytes.get() {
             return Err(Errno::EINVAL);
