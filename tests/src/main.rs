@@ -361,7 +361,9 @@ fn run(command: Command) -> anyhow::Result<bool> {
         }
         Command::Probes => {
             for each in probe::all() {
-                say(&json!({ "name": each.name, "group": each.group }).to_string())?;
+                let (group, is_durable) = (each.group, each.is_durable());
+                let line = json!({ "name": each.name, "group": group, "is_durable": is_durable });
+                say(&line.to_string())?;
             }
         }
         Command::Describe {

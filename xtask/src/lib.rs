@@ -6,6 +6,7 @@
 pub mod ahead;
 pub mod build;
 pub mod commands;
+pub mod coverage;
 pub mod demo;
 pub mod faults;
 pub mod lab;

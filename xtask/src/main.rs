@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::commands::{build, demo, disk_ahead, faults, run, setup, sim, test, vm};
+use xtask::commands::{build, coverage, demo, disk_ahead, faults, run, setup, sim, test, vm};
 use xtask::lab::daemon;
 
 /// Builds, tests, demonstrates and runs twinwrite.
@@ -29,6 +29,8 @@ enum Command {
     Sim(sim::Arguments),
     /// Crash machines whose disk is ahead of the mirror, and look for what was confirmed.
     DiskAhead(disk_ahead::Arguments),
+    /// Carry out every operation that a volume can go through, crash, and write what became of each.
+    Coverage(coverage::Arguments),
     /// Inject faults on virtual machines, and write the table of what was told and lost.
     Faults(faults::Arguments),
     /// Check, and test with and without virtual machines.
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Sim(arguments) => sim::run(&arguments),
         Command::DiskAhead(arguments) => disk_ahead::run(&arguments),
+        Command::Coverage(arguments) => coverage::run(&arguments),
         Command::Faults(arguments) => faults::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Vm(arguments) => vm::run(&arguments),

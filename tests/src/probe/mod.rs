@@ -23,6 +23,18 @@ const BASE_BYTES: usize = 256 * 1024;
 /// Its name.
 const BASE: &str = "base";
 
+/// Probes whose operation makes itself durable, or reaches a disk without a cache by itself.
+const DURABLE: &[&str] = &[
+    "pwritev2-dsync",
+    "pwritev2-sync",
+    "open-dsync",
+    "open-sync",
+    "direct",
+    "direct-beyond-the-end",
+    "uring-direct",
+    "store-and-msync",
+];
+
 /// A kind of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,6 +108,12 @@ pub fn find(name: &str) -> Option<&'static Probe> {
 }
 
 impl Probe {
+    /// Whether the operation makes itself durable, so that a crash can take nothing of it.
+    #[must_use]
+    pub fn is_durable(&self) -> bool {
+        DURABLE.contains(&self.name)
+    }
+
     /// Carries out one stage in the probe's directory, which [`Stage::Prepare`] makes.
     ///
     /// # Errors

@@ -35,6 +35,7 @@ fn every_probe_changes_what_is_compared() {
 fn names_are_unique() {
     let names: std::collections::BTreeSet<_> = all().map(|probe| probe.name).collect();
     assert_eq!(names.len(), all().count());
+    assert!(DURABLE.iter().all(|name| names.contains(name)));
     assert!(find("write").is_some() && find("nothing").is_none());
 }
 

@@ -1,6 +1,7 @@
 //! The subcommands, one file each: arguments in, library calls, words out.
 
 pub mod build;
+pub mod coverage;
 pub mod demo;
 pub mod disk_ahead;
 pub mod faults;

@@ -1,0 +1,260 @@
+//! One file system on one kernel.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::{Cell, Probe, Verdict};
+use crate::lab::config::MOUNT_POINT;
+use crate::lab::{AwaitedState, CrashKind, Filesystem, KernelRelease, Lab, NodeName, Options};
+use crate::progress;
+use crate::scenarios::bench::{
+    self, CrashedDisk, LIMIT, NO_CHECKPOINT, await_takeover, crash_and_copy, log_mark, number,
+    until, volume,
+};
+use crate::scenarios::with_lab;
+
+use NodeName::{A, B};
+
+/// A change that is noticed and not captured has ended the epoch by then.
+const NOTICED_WITHIN: Duration = Duration::from_secs(2);
+/// A hundred programs, one after the other.
+const LONG: Duration = Duration::from_secs(600);
+
+pub(super) fn run(
+    filesystem: Filesystem,
+    kernel: KernelRelease,
+    only: &[String],
+) -> Result<Vec<(Probe, Cell)>> {
+    let options = Options {
+        filesystem,
+        kernel,
+        ..bench::options(&[], &[NO_CHECKPOINT])
+    };
+    let name = format!("coverage_{filesystem}_{kernel}").replace('.', "_");
+    let mut cells = BTreeMap::new();
+    let mut probes = Vec::new();
+    with_lab(&name, options, |lab| {
+        bench::require_start(lab)?;
+        probes = listed(lab, only)?;
+        let column = Column { lab };
+        for (probe, cell) in column.classify(&probes)? {
+            cells.insert(probe, cell);
+        }
+        let chosen = |wanted: &dyn Fn(&Probe, &Verdict) -> bool| -> Vec<String> {
+            let is_wanted = |probe: &&Probe| {
+                let cell = cells.get(&probe.name);
+                cell.is_some_and(|cell| wanted(probe, &cell.verdict))
+            };
+            let wanted = probes.iter().filter(is_wanted);
+            wanted.map(|probe| probe.name.clone()).collect()
+        };
+        let unflushed =
+            chosen(&|probe, verdict| *verdict == Verdict::Captured && !probe.is_durable);
+        let covered = chosen(&|probe, verdict| {
+            *verdict == Verdict::EpochClosed || (*verdict == Verdict::Captured && probe.is_durable)
+        });
+        let lost = column.crash_unflushed(&unflushed)?;
+        let lost_later = column.crash_covered(&covered)?;
+        for (name, words) in lost.into_iter().chain(lost_later) {
+            let verdict = Verdict::Failed;
+            cells.insert(name, Cell { verdict, words });
+        }
+        Ok(())
+    })?;
+    let found = probes.into_iter().filter_map(|probe| {
+        let cell = cells.remove(&probe.name)?;
+        Some((probe, cell))
+    });
+    Ok(found.collect())
+}
+
+fn listed(lab: &Lab, only: &[String]) -> Result<Vec<Probe>> {
+    let text = lab.run(A, "twinwrite-workload probes")?;
+    let probes = text.lines().map(serde_json::from_str::<Probe>);
+    let mut probes = probes.collect::<Result<Vec<_>, _>>()?;
+    probes.retain(|probe| only.is_empty() || only.contains(&probe.name));
+    ensure!(!probes.is_empty(), "there is no such probe");
+    Ok(probes)
+}
+
+/// What a survivor lacks, by the probe's name.
+type Lost = Vec<(String, String)>;
+
+struct Column<'a> {
+    lab: &'a Lab,
+}
+
+impl Column<'_> {
+    /// Everything is captured, mirrored, and the volume protected; the epoch.
+    fn settled(&self, node: NodeName) -> Result<u64> {
+        until(self.lab, "all is protected and mirrored", LIMIT, || {
+            let volume = volume(self.lab, node)?;
+            Ok(volume["role"] == "owner"
+                && volume["protection"] == "protected"
+                && number(&volume, "lag_records")? == 0)
+        })?;
+        number(&volume(self.lab, node)?, "epoch")
+    }
+
+    /// Makes what the probes need, and has it flushed.
+    fn prepare(&self, node: NodeName, below: &str, names: &[String]) -> Result<()> {
+        let script = format!(
+            "set -e; for name in {}; do twinwrite-workload probe --stage prepare --name $name \
+             --directory {MOUNT_POINT}/{below}/$name >/dev/null; done; sync",
+            names.join(" ")
+        );
+        self.lab.run_within(node, &script, LONG).map(drop)
+    }
+
+    fn act(&self, node: NodeName, below: &str, name: &str) -> Result<Value> {
+        let command = format!(
+            "twinwrite-workload probe --stage act --name {name} --directory {MOUNT_POINT}/{below}/{name}"
+        );
+        let said = self.lab.run(node, &command)?;
+        serde_json::from_str(&said).with_context(|| format!("the probe {name} said {said:?}"))
+    }
+
+    /// Each probe by itself, on a volume that stays protected until then.
+    fn classify(&self, probes: &[Probe]) -> Result<Vec<(String, Cell)>> {
+        let names: Vec<String> = probes.iter().map(|probe| probe.name.clone()).collect();
+        self.prepare(A, "looked-at", &names)?;
+        let mut cells = Vec::new();
+        for name in names {
+            let cell = self.look(&name).with_context(|| format!("probe {name}"))?;
+            progress::note(&format!("{name}: {:?} {}", cell.verdict, cell.words));
+            cells.push((name, cell));
+        }
+        Ok(cells)
+    }
+
+    fn look(&self, name: &str) -> Result<Cell> {
+        let epoch = self.settled(A)?;
+        let mark = log_mark(self.lab, A);
+        let outcome = self.act(A, "looked-at", name)?;
+        let cell = |verdict, words: String| Cell { verdict, words };
+        match outcome["outcome"].as_str() {
+            Some("done") => {}
+            Some("refused") => return Ok(cell(Verdict::Refused, String::new())),
+            Some("not_offered") => {
+                let reason = outcome["reason"].as_str().unwrap_or_default();
+                return Ok(cell(Verdict::NotOffered, reason.to_owned()));
+            }
+            _ => anyhow::bail!("the outcome is {outcome}"),
+        }
+        sleep(NOTICED_WITHIN);
+        let now = volume(self.lab, A)?;
+        if now["protection"] == "protected" && number(&now, "epoch")? == epoch {
+            return Ok(cell(Verdict::Captured, String::new()));
+        }
+        Ok(cell(Verdict::EpochClosed, self.why_closed(mark)?))
+    }
+
+    fn why_closed(&self, mark: usize) -> Result<String> {
+        let log = fs::read(self.lab.agent_log(A))?;
+        let log = String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned();
+        let ended = log.lines().find_map(|line| line.split_once("ended: "));
+        let words = ended.map_or("", |(_, words)| words);
+        Ok(words.trim_end_matches('"').to_owned())
+    }
+
+    /// All together in one epoch; the owner's power is cut with nothing flushed.
+    fn crash_unflushed(&self, names: &[String]) -> Result<Lost> {
+        if names.is_empty() {
+            return Ok(Lost::new());
+        }
+        self.prepare(A, "unflushed", names)?;
+        let epoch = self.settled(A)?;
+        for name in names {
+            let outcome = self.act(A, "unflushed", name)?;
+            ensure!(outcome["outcome"] == "done", "{name} again: {outcome}");
+        }
+        self.describe(A, "unflushed", names)?;
+        ensure!(
+            self.settled(A)? == epoch,
+            "the epoch was closed, although each of these leaves it open: {names:?}"
+        );
+        let disk = crash_and_copy(self.lab, A)?;
+        await_takeover(self.lab, B)?;
+        let lost = self.judge(B, "unflushed", MOUNT_POINT, names)?;
+        disk.mount(self.lab)?;
+        let without = self.judge(B, "unflushed", CrashedDisk::MOUNT_POINT, names);
+        disk.unmount(self.lab)?;
+        let without = without?;
+        let flushed = |name: &&String| without.iter().all(|(lost, _)| lost != *name);
+        let worthless: Vec<_> = names.iter().filter(flushed).collect();
+        ensure!(
+            worthless.is_empty(),
+            "the disk itself kept these, so the crash proves nothing: {worthless:?}"
+        );
+        Ok(lost)
+    }
+
+    /// One after the other, each covered by a checkpoint; the power of the owner, B by now, is cut.
+    fn crash_covered(&self, names: &[String]) -> Result<Lost> {
+        if names.is_empty() {
+            return Ok(Lost::new());
+        }
+        let owner = if volume(self.lab, B)?["role"] == "owner" {
+            self.lab.boot(A, true)?;
+            B
+        } else {
+            A
+        };
+        self.lab.wait(owner, AwaitedState::Protected, LIMIT)?;
+        self.prepare(owner, "covered", names)?;
+        for name in names {
+            self.settled(owner)?;
+            let outcome = self.act(owner, "covered", name)?;
+            ensure!(outcome["outcome"] == "done", "{name} again: {outcome}");
+            sleep(NOTICED_WITHIN);
+        }
+        self.describe(owner, "covered", names)?;
+        self.settled(owner)?;
+        self.lab.crash(owner, CrashKind::Kill)?;
+        await_takeover(self.lab, owner.peer())?;
+        self.judge(owner.peer(), "covered", MOUNT_POINT, names)
+    }
+
+    /// What the probes' directories show now is what a survivor must show.
+    fn describe(&self, node: NodeName, below: &str, names: &[String]) -> Result<()> {
+        let script = format!(
+            "set -e; mkdir -p /host/{below}; for name in {}; do twinwrite-workload describe --root \
+             {MOUNT_POINT} --prefix {below}/$name --manifest /host/{below}/$name; done",
+            names.join(" ")
+        );
+        self.lab.run_within(node, &script, LONG)?;
+        let (from, to) = (self.lab.share(node), self.lab.share(node.peer()));
+        fs::create_dir_all(to.join(below))?;
+        for name in names {
+            fs::copy(from.join(below).join(name), to.join(below).join(name))?;
+        }
+        Ok(())
+    }
+
+    fn judge(&self, node: NodeName, below: &str, root: &str, names: &[String]) -> Result<Lost> {
+        let script = format!(
+            "for name in {}; do twinwrite-workload check --root {root} --manifest /host/{below}/$name \
+             --report /host/{below}/$name.report; test $? -lt 2 || exit 2; done",
+            names.join(" ")
+        );
+        self.lab.run_within(node, &script, LONG)?;
+        let mut lost = Lost::new();
+        for name in names {
+            let path = self
+                .lab
+                .share(node)
+                .join(below)
+                .join(format!("{name}.report"));
+            let report: Value = serde_json::from_slice(&fs::read(&path)?)?;
+            if report["pass"] != true {
+                lost.push((name.clone(), report["differences"].to_string()));
+            }
+        }
+        Ok(lost)
+    }
+}
