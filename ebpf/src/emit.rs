@@ -330,7 +330,14 @@ pub fn wake_consumer(control: Control) {
     let mut head: Head = unsafe { core::mem::zeroed() };
     head.op = op::FSYNC;
     head.flags = flag::DATASYNC | flag::UNLINKED | flag::TAINTED;
-    emit(control, head);
+    // No room is no loss: what is in the ring has woken the consumer.
+    // SAFETY: the map is a ring buffer, the size a constant.
+    let place = unsafe { bpf_ringbuf_reserve(ring(), size_of::<Head>() as u64, 0) }.cast::<Head>();
+    if !place.is_null() {
+        // SAFETY: the reservation has room for one `Head` and is 8-byte aligned.
+        unsafe { place.write(head) };
+        submit(control, place);
+    }
 }
 
 /// Notes a change that is not captured: counts it, and writes a GAP record if it is the first of

@@ -34,8 +34,9 @@ const EAGAIN: i32 = 11;
 /// How long a reply waits on the processor for a gate that does not move: a refused one costs its client
 /// seconds.
 const REPLY_STILL_NS: u64 = 10_000_000;
-/// How long it waits in all.
-const REPLY_LOOK_NS: u64 = 1_000_000_000;
+/// How long it waits in all. Nothing else runs on its processor meanwhile, where the kernel does not preempt
+/// itself.
+const REPLY_LOOK_NS: u64 = 150_000_000;
 /// Bounds of the look (the first is `BPF_MAX_LOOPS`); the time limits end it before.
 const LOOKS_MAX: u32 = 1 << 23;
 const ROUNDS_MAX: u32 = 8;

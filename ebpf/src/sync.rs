@@ -154,7 +154,7 @@ fn leave_file(ctx: &FExitContext, road: u64) -> Option<()> {
         head.size_after = ctx.arg(2);
     }
     head.arg = call.position;
-    // Workers of io_uring call the innermost function.
+    // Workers of io_uring call the innermost function, but for a file system that is stacked on the volume.
     mark(control, head, &call, range);
     Some(())
 }

@@ -65,6 +65,8 @@ pub struct RingConsumer {
     ring: OwnedFd,
     extra: Option<RawFd>,
     missed_wakeups: u64,
+    /// How many proofs were wanted when it woke up last.
+    proofs_wanted: u64,
 }
 
 impl RingConsumer {
@@ -104,6 +106,7 @@ impl RingConsumer {
             ring,
             extra: None,
             missed_wakeups: 0,
+            proofs_wanted: 0,
         };
         consumer.released = consumer.consumer_word().load(Ordering::Acquire);
         consumer.cursor = consumer.released;
@@ -290,12 +293,14 @@ impl RingConsumer {
         // look below sees their reservation. A record still being written counts as one.
         fence(Ordering::SeqCst);
         let unhurried = self.control.get(control::UNHURRIED);
-        let woken = if self.has_news() {
+        // One that was wanted since may have seen this agent awake, and written no record.
+        let woken = if self.has_news() || self.control.proofs_wanted() != self.proofs_wanted {
             Ok(Woken::Records)
         } else {
             self.wait(timeout, unhurried)
         };
         self.control.set(control::ASLEEP, 0);
+        self.proofs_wanted = self.control.proofs_wanted();
         woken
     }
 
