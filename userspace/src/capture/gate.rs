@@ -6,7 +6,7 @@
 //! else has stopped, nor a process that only got the number of one that ended; and it must never drop
 //! an entry of a group that it could not continue.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -114,7 +114,7 @@ impl Gate {
             }
             self.host.forget(&key);
             self.host.forget_group(group);
-            self.host.unmark(group);
+            self.host.unmark(group, entry[held::STARTED_TICKS]);
         }
         killed
     }
@@ -179,7 +179,7 @@ fn release(maps: &mut impl HeldMaps, stand: &Stand, this_process: (u32, u64)) ->
         // Whoever it waited for: that one's agent may not be there. Before a turn begins: threads of the
         // group may have to wait for its end.
         let Some(process) = find(group, started).transpose() else {
-            forget_dead(maps, this_process, group, &entries);
+            forget_dead(maps, this_process, (group, started), &entries);
             continue;
         };
         if !entries.iter().any(|(key, _)| stand.is_own(key)) {
@@ -254,7 +254,7 @@ fn continue_group(
             .filter(|record| record[held::GROUP_STARTED_TICKS] == started)
             .unwrap_or_default();
         // Before the signal, which ends the turn: a worker that marks the group after that stays marked.
-        let marked = maps.unmark(group);
+        let marked = maps.unmark(group, started);
         if let Err(error) = go_on(process, record[held::GROUP_SIGNAL]) {
             if let Some(marked) = marked {
                 maps.mark(group, marked);
@@ -270,11 +270,11 @@ fn continue_group(
 fn forget_dead(
     maps: &mut impl HeldMaps,
     this_process: (u32, u64),
-    group: u32,
+    (group, started): (u32, u64),
     entries: &[(Key, Entry)],
 ) {
     maps.in_turn(group, this_process, |maps| {
-        maps.unmark(group);
+        maps.unmark(group, started);
         forget(maps, group, entries);
     });
 }
@@ -282,20 +282,22 @@ fn forget_dead(
 /// Records of groups that nobody is held of any more, as a thread leaves one that enters its group while that
 /// is continued. With a record nobody else could continue the group.
 fn forget_left_over(maps: &mut impl HeldMaps, this_process: (u32, u64)) {
-    let is_held = |maps: &_, group| {
-        HeldMaps::entries(maps)
-            .iter()
-            .any(|(key, _)| group_of(key) == group)
+    let held_groups = |maps: &_| -> BTreeSet<u32> {
+        let entries = HeldMaps::entries(maps);
+        entries.iter().map(|(key, _)| group_of(key)).collect()
     };
-    for group in maps.groups() {
-        if !is_held(maps, group) {
-            // Who enters it just now begins anew after the turn.
-            maps.in_turn(group, this_process, |maps| {
-                if !is_held(maps, group) {
-                    maps.forget_group(group);
-                }
-            });
-        }
+    let groups = maps.groups();
+    if groups.is_empty() {
+        return;
+    }
+    let held = held_groups(maps);
+    for group in groups.into_iter().filter(|group| !held.contains(group)) {
+        // Who enters it just now begins anew after the turn.
+        maps.in_turn(group, this_process, |maps| {
+            if !held_groups(maps).contains(&group) {
+                maps.forget_group(group);
+            }
+        });
     }
 }
 

@@ -232,9 +232,9 @@ pub(super) trait HeldMaps {
     fn forget_group(&mut self, group: u32);
     /// All groups that have a record.
     fn groups(&self) -> Vec<u32>;
-    /// Takes a group's marks away.
-    fn unmark(&mut self, group: u32) -> Option<Marked>;
-    /// Gives them back.
+    /// Takes the marks of the group that began then away.
+    fn unmark(&mut self, group: u32, started: u64) -> Option<Marked>;
+    /// Gives them back, unless there are others by now.
     fn mark(&mut self, group: u32, marked: Marked);
     /// Does something while the group's turn is odd, which it is until the signal to go on is sent:
     /// threads of it that come to a gate meanwhile wait for the end of that, and those that came before
@@ -277,16 +277,19 @@ impl HeldMaps for Host {
         self.groups.keys().filter_map(Result::ok).collect()
     }
 
-    fn unmark(&mut self, group: u32) -> Option<Marked> {
+    fn unmark(&mut self, group: u32, started: u64) -> Option<Marked> {
         let map = self.marked.as_mut()?;
         let marked = map.get(&group, 0).ok()?;
+        if marked[held::MARKED_STARTED_TICKS] != started {
+            return None;
+        }
         map.remove(&group).ok()?;
         Some(marked)
     }
 
     fn mark(&mut self, group: u32, marked: Marked) {
         if let Some(map) = &mut self.marked {
-            map.insert(group, marked, 0).ok();
+            map.insert(group, marked, BPF_NOEXIST).ok();
         }
     }
 

@@ -51,12 +51,13 @@ impl HeldMaps for Maps {
         self.groups.keys().copied().collect()
     }
 
-    fn unmark(&mut self, group: u32) -> Option<Marked> {
-        self.marked.remove(&group)
+    fn unmark(&mut self, group: u32, started: u64) -> Option<Marked> {
+        let is_it = self.marked.get(&group)?[held::MARKED_STARTED_TICKS] == started;
+        is_it.then(|| self.marked.remove(&group)).flatten()
     }
 
     fn mark(&mut self, group: u32, marked: Marked) {
-        self.marked.insert(group, marked);
+        self.marked.entry(group).or_insert(marked);
     }
 
     fn in_turn<T>(&mut self, _: u32, _: (u32, u64), act: impl FnOnce(&mut Self) -> T) -> T {
@@ -258,9 +259,11 @@ fn what_is_left_of_a_dead_process_neither_waits_nor_holds_who_has_its_number() {
     let waits = entry(100, process.started, held::STOPPED);
     maps.threads.insert(process.key(ONE, 2), waits);
     maps.groups.insert(process.group(), [0, process.started]);
+    maps.marked.insert(process.group(), [process.started, 1]);
     let held = release(&mut maps, &stand(ONE, 99), THIS);
     assert_eq!((held.remaining, maps.threads.len()), (1, 1));
     assert!(maps.groups.contains_key(&process.group()));
+    assert!(maps.marked.contains_key(&process.group()));
     let held = release(&mut maps, &stand(ONE, 100), THIS);
     assert_eq!((held.remaining, held.waited_ns.len()), (0, 1));
     process.becomes(false);
