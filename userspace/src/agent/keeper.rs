@@ -14,7 +14,7 @@ use super::node::{Node, lock};
 use super::owner::{Left, Owner};
 use super::successor::{Successor, run_serve_command};
 use crate::board::VolumeBoard;
-use crate::capture::Capture;
+use crate::capture::{Capture, Continuity};
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::control::{Request, Response};
 use crate::cluster::mailbox::{AgentState, NodeReport};
@@ -296,7 +296,7 @@ impl Keeper {
         }
         // One that goes on may have mounted the volume for the merge, and an owner serves it.
         if begin == Begin::Merging || self.is_owner() {
-            self.abandon_capture();
+            self.keep_or_abandon_capture();
         } else if !self.let_go() {
             return Next::Decide;
         }
@@ -335,6 +335,8 @@ impl Keeper {
                 Progress::Stepped => {}
                 Progress::Serving => {
                     self.unproven.set(false);
+                    // Its last step has told.
+                    self.untold.set(false);
                     return Next::Serve;
                 }
                 Progress::Fallen => {
@@ -470,7 +472,6 @@ impl Keeper {
             return self.serve_later(&error);
         }
         if self.untold.take()
-            && self.board.words().takeover.is_none()
             && let Err(error) = self
                 .node
                 .runtime
@@ -572,6 +573,17 @@ impl Keeper {
         }
     }
 
+    /// This node takes over what it may have mounted: as long as it has, the programs of an earlier agent hold
+    /// whoever syncs, until nothing can be merged any more. What they capture meanwhile belongs to no epoch.
+    fn keep_or_abandon_capture(&self) {
+        let name = &self.volume.name;
+        match (mounts::find(&self.volume), Capture::pinned_control(name)) {
+            (Ok(MountState::NotMounted), _) => self.abandon_capture(),
+            (_, Some(control)) => Continuity::clear(&control),
+            _ => {}
+        }
+    }
+
     fn tell_killed(&self, killed: &[u32]) {
         for pid in killed {
             tracing::error!(
@@ -590,6 +602,17 @@ impl Keeper {
         if !Capture::has_pins(name) {
             return true;
         }
+        let server_endings = Capture::server_endings();
+        let gone = self.let_go_of_pins();
+        if Capture::server_endings() != server_endings {
+            // Should the volume come back, so must the server.
+            self.untold.set(true);
+        }
+        gone
+    }
+
+    fn let_go_of_pins(&self) -> bool {
+        let name = &self.volume.name;
         match Capture::end_held(name) {
             Ok(killed) => self.tell_killed(&killed),
             Err(error) => tracing::error!(volume = %name, "{error}"),
@@ -625,8 +648,6 @@ impl Keeper {
         if matches!(result, Err(MountError::Busy { .. }))
             && Capture::end_server_of(&self.volume.mount_point)
         {
-            // Should the volume come back, so must the server.
-            self.untold.set(true);
             result = mounts::unmount(&self.volume);
         }
         result?;

@@ -18,6 +18,7 @@ use super::filesystem_uuid::filesystem_uuid;
 use super::merge::{MergeError, SavedRegion};
 use super::node::{Node, lock};
 use super::unmounted::was_unmounted;
+use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
 use crate::cluster::command;
 use crate::cluster::fence::fence;
@@ -432,6 +433,10 @@ impl Successor {
         match std::fs::remove_file(saved.with_extension("found")) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
+        }
+        // Nothing can be merged any more: whoever the programs of an earlier agent hold goes on.
+        if let Err(error) = Capture::open_pinned_gate(&self.volume.name) {
+            tracing::error!(volume = %self.volume.name, "{error}");
         }
         // The owner that this node is from now on holds it itself.
         self.sentinel = None;

@@ -214,6 +214,12 @@ impl Capture {
         server::exports(mount_point) && server::end()
     }
 
+    /// How often this process has ended the kernel's NFS server.
+    #[must_use]
+    pub fn server_endings() -> u64 {
+        server::endings()
+    }
+
     /// Removes the programs of a volume that this node has lost and unmounted, so that nothing more can be
     /// confirmed on it, and ends whoever they still hold, see [`Self::end_held`]. If that fails they stay.
     /// The process ids of the ended.

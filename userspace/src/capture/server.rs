@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 use std::{fs, io};
@@ -132,12 +133,21 @@ fn is_thread(stat: &str) -> bool {
     head.ends_with("(nfsd") && flags.is_some_and(|flags| flags & KERNEL_THREAD != 0)
 }
 
+static ENDINGS: AtomicU64 = AtomicU64::new(0);
+
+/// How often [`end`] has ended it.
+pub(super) fn endings() -> u64 {
+    ENDINGS.load(Ordering::Relaxed)
+}
+
 /// Ends it; whether it has no threads any more.
 pub(super) fn end() -> bool {
     if is_running() {
         tracing::error!(
-            "the kernel's NFS server is ended: it would confirm what the new owner of the volume may revert"
+            "the kernel's NFS server is ended: it would confirm what the new owner of the volume may revert; \
+             start it again (rpc.nfsd) for what else this node exports"
         );
+        ENDINGS.fetch_add(1, Ordering::Relaxed);
         let (done, ended) = mpsc::channel();
         // The kernel lets the writer wait for the threads' end, however long.
         let writer = std::thread::Builder::new()
