@@ -7,7 +7,10 @@ use crate::walk;
 fn every_probe_changes_what_is_compared() {
     let root = tempfile::tempdir().expect("a directory");
     let mut done = 0;
-    for probe in all() {
+    // One lowers a limit of its process, in which other tests write unless each has one of its own.
+    let alone = std::env::var_os("NEXTEST").is_some();
+    let is_chosen = |probe: &&&Probe| alone || probe.name != "write-over-the-size-limit";
+    for probe in all().filter(|probe| is_chosen(&probe)) {
         let directory = root.path().join(probe.name);
         assert_eq!(
             probe.run(Stage::Prepare, &directory).expect("prepared"),

@@ -34,7 +34,7 @@ pub struct Arguments {
 /// Carries out every operation, crashes, and tells what became of each.
 ///
 /// # Errors
-/// If an operation was neither captured nor refused nor closed the epoch, or too many were not captured.
+/// If an operation was neither captured nor refused nor covered later, or too many were not captured.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     setup::ensure(Purpose::Test)?;
     if !arguments.no_build {
@@ -58,11 +58,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                 found.iter().filter(is_it).count()
             };
             println!(
-                "{column}: {} operations, {} captured, {} refused, {} close the epoch, {} not offered, {} lost",
+                "{column}: {} operations, {} captured, {} refused, {} covered later, {} not offered, {} lost",
                 found.len(),
                 count(Verdict::Captured),
                 count(Verdict::Refused),
-                count(Verdict::EpochClosed),
+                count(Verdict::Covered),
                 count(Verdict::NotOffered),
                 count(Verdict::Failed)
             );
@@ -71,7 +71,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                     wrong.push(format!("{column}: {}: {}", probe.name, cell.words));
                 }
             }
-            table.put(&column, found);
+            table.put(&column, found, arguments.only.is_empty());
             let not_captured = table.not_captured(&column);
             if not_captured > NOT_CAPTURED_MAX {
                 wrong.push(format!(

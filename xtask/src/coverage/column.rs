@@ -6,15 +6,19 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Cell, Probe, Verdict};
 use crate::lab::config::MOUNT_POINT;
-use crate::lab::{AwaitedState, CrashKind, Filesystem, KernelRelease, Lab, NodeName, Options};
+use crate::lab::{
+    AgentAction, AwaitedState, CrashKind, Filesystem, KernelRelease, Lab, NodeName, Options,
+    Service,
+};
 use crate::progress;
 use crate::scenarios::bench::{
-    self, CrashedDisk, LIMIT, NO_CHECKPOINT, await_takeover, crash_and_copy, log_mark, number,
-    until, volume,
+    self, CrashedDisk, LIMIT, NO_CHECKPOINT, await_takeover, crash_and_copy, log_mark, losses,
+    number, until, volume,
 };
 use crate::scenarios::with_lab;
 
@@ -33,15 +37,20 @@ pub(super) fn run(
     let options = Options {
         filesystem,
         kernel,
+        service: Service::PlainMount,
         ..bench::options(&[], &[NO_CHECKPOINT])
     };
     let name = format!("coverage_{filesystem}_{kernel}").replace('.', "_");
     let mut cells = BTreeMap::new();
     let mut probes = Vec::new();
     with_lab(&name, options, |lab| {
-        bench::require_start(lab)?;
         probes = listed(lab, only)?;
-        let column = Column { lab };
+        let without = without_twinwrite(lab, &probes)?;
+        for node in [B, A] {
+            lab.agent(node, AgentAction::Start)?;
+        }
+        bench::require_start(lab)?;
+        let column = Column { lab, without };
         for (probe, cell) in column.classify(&probes)? {
             cells.insert(probe, cell);
         }
@@ -56,7 +65,7 @@ pub(super) fn run(
         let unflushed =
             chosen(&|probe, verdict| *verdict == Verdict::Captured && !probe.is_durable);
         let covered = chosen(&|probe, verdict| {
-            *verdict == Verdict::EpochClosed || (*verdict == Verdict::Captured && probe.is_durable)
+            *verdict == Verdict::Covered || (*verdict == Verdict::Captured && probe.is_durable)
         });
         let lost = column.crash_unflushed(&unflushed)?;
         let lost_later = column.crash_covered(&covered)?;
@@ -82,11 +91,66 @@ fn listed(lab: &Lab, only: &[String]) -> Result<Vec<Probe>> {
     Ok(probes)
 }
 
+/// What each probe finds on the same file system while nobody protects it, whose directories stay there.
+fn without_twinwrite(lab: &Lab, probes: &[Probe]) -> Result<BTreeMap<String, Outcome>> {
+    let names: Vec<String> = probes.iter().map(|probe| probe.name.clone()).collect();
+    prepare(lab, A, "unprotected", &names)?;
+    let mut found = BTreeMap::new();
+    for name in names {
+        let outcome = act(lab, A, "unprotected", &name)?;
+        found.insert(name, outcome);
+    }
+    lab.run(A, &format!("umount {MOUNT_POINT}"))?;
+    Ok(found)
+}
+
+/// The directory of all probes, which the oracle knows by the prefix of a manifest.
+const TOP: &str = "coverage";
+
+/// Makes what the probes need, and has it flushed.
+fn prepare(lab: &Lab, node: NodeName, below: &str, names: &[String]) -> Result<()> {
+    let script = format!(
+        "set -e; for name in {}; do twinwrite-workload probe --stage prepare --name $name \
+         --directory {MOUNT_POINT}/{TOP}/{below}/$name >/dev/null; done; sync",
+        names.join(" ")
+    );
+    lab.run_within(node, &script, LONG).map(drop)
+}
+
+fn act(lab: &Lab, node: NodeName, below: &str, name: &str) -> Result<Outcome> {
+    let command = format!(
+        "twinwrite-workload probe --stage act --name {name} \
+         --directory {MOUNT_POINT}/{TOP}/{below}/{name}"
+    );
+    let said = lab.run(node, &command)?;
+    serde_json::from_str(&said).with_context(|| format!("the probe {name} said {said:?}"))
+}
+
+/// What the system answered to an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+enum Outcome {
+    Done,
+    Refused,
+    NotOffered { reason: String },
+}
+
+impl Outcome {
+    fn words(&self) -> &str {
+        match self {
+            Self::Done => "",
+            Self::Refused => "Operation not permitted",
+            Self::NotOffered { reason } => reason,
+        }
+    }
+}
+
 /// What a survivor lacks, by the probe's name.
 type Lost = Vec<(String, String)>;
 
 struct Column<'a> {
     lab: &'a Lab,
+    without: BTreeMap<String, Outcome>,
 }
 
 impl Column<'_> {
@@ -101,28 +165,17 @@ impl Column<'_> {
         number(&volume(self.lab, node)?, "epoch")
     }
 
-    /// Makes what the probes need, and has it flushed.
-    fn prepare(&self, node: NodeName, below: &str, names: &[String]) -> Result<()> {
-        let script = format!(
-            "set -e; for name in {}; do twinwrite-workload probe --stage prepare --name $name \
-             --directory {MOUNT_POINT}/{below}/$name >/dev/null; done; sync",
-            names.join(" ")
-        );
-        self.lab.run_within(node, &script, LONG).map(drop)
-    }
-
-    fn act(&self, node: NodeName, below: &str, name: &str) -> Result<Value> {
-        let command = format!(
-            "twinwrite-workload probe --stage act --name {name} --directory {MOUNT_POINT}/{below}/{name}"
-        );
-        let said = self.lab.run(node, &command)?;
-        serde_json::from_str(&said).with_context(|| format!("the probe {name} said {said:?}"))
+    /// Again, where it was found to succeed.
+    fn act_again(&self, node: NodeName, below: &str, name: &str) -> Result<()> {
+        let outcome = act(self.lab, node, below, name)?;
+        ensure!(outcome == Outcome::Done, "{name} again: {outcome:?}");
+        Ok(())
     }
 
     /// Each probe by itself, on a volume that stays protected until then.
     fn classify(&self, probes: &[Probe]) -> Result<Vec<(String, Cell)>> {
         let names: Vec<String> = probes.iter().map(|probe| probe.name.clone()).collect();
-        self.prepare(A, "looked-at", &names)?;
+        prepare(self.lab, A, "looked-at", &names)?;
         let mut cells = Vec::new();
         for name in names {
             let cell = self.look(&name).with_context(|| format!("probe {name}"))?;
@@ -135,23 +188,31 @@ impl Column<'_> {
     fn look(&self, name: &str) -> Result<Cell> {
         let epoch = self.settled(A)?;
         let mark = log_mark(self.lab, A);
-        let outcome = self.act(A, "looked-at", name)?;
-        let cell = |verdict, words: String| Cell { verdict, words };
-        match outcome["outcome"].as_str() {
-            Some("done") => {}
-            Some("refused") => return Ok(cell(Verdict::Refused, String::new())),
-            Some("not_offered") => {
-                let reason = outcome["reason"].as_str().unwrap_or_default();
-                return Ok(cell(Verdict::NotOffered, reason.to_owned()));
-            }
-            _ => anyhow::bail!("the outcome is {outcome}"),
+        let [_, _, gaps] = losses(self.lab, A)?;
+        let outcome = act(self.lab, A, "looked-at", name)?;
+        let cell = |verdict, words: &str| Cell {
+            verdict,
+            words: words.to_owned(),
+        };
+        if outcome != Outcome::Done {
+            // Only what nobody refuses without twinwrite is refused by it.
+            let verdict = match self.without.get(name) {
+                Some(Outcome::Done) => Verdict::Refused,
+                _ => Verdict::NotOffered,
+            };
+            return Ok(cell(verdict, outcome.words()));
         }
         sleep(NOTICED_WITHIN);
         let now = volume(self.lab, A)?;
-        if now["protection"] == "protected" && number(&now, "epoch")? == epoch {
-            return Ok(cell(Verdict::Captured, String::new()));
+        let [_, _, gaps_now] = losses(self.lab, A)?;
+        if now["protection"] != "protected" || number(&now, "epoch")? != epoch {
+            return Ok(cell(Verdict::Covered, &self.why_closed(mark)?));
         }
-        Ok(cell(Verdict::EpochClosed, self.why_closed(mark)?))
+        // The epoch goes on, and its next checkpoint covers what was not captured.
+        if gaps_now != gaps {
+            return Ok(cell(Verdict::Covered, "noticed, the epoch goes on"));
+        }
+        Ok(cell(Verdict::Captured, ""))
     }
 
     fn why_closed(&self, mark: usize) -> Result<String> {
@@ -167,11 +228,10 @@ impl Column<'_> {
         if names.is_empty() {
             return Ok(Lost::new());
         }
-        self.prepare(A, "unflushed", names)?;
+        prepare(self.lab, A, "unflushed", names)?;
         let epoch = self.settled(A)?;
         for name in names {
-            let outcome = self.act(A, "unflushed", name)?;
-            ensure!(outcome["outcome"] == "done", "{name} again: {outcome}");
+            self.act_again(A, "unflushed", name)?;
         }
         self.describe(A, "unflushed", names)?;
         ensure!(
@@ -206,11 +266,10 @@ impl Column<'_> {
             A
         };
         self.lab.wait(owner, AwaitedState::Protected, LIMIT)?;
-        self.prepare(owner, "covered", names)?;
+        prepare(self.lab, owner, "covered", names)?;
         for name in names {
             self.settled(owner)?;
-            let outcome = self.act(owner, "covered", name)?;
-            ensure!(outcome["outcome"] == "done", "{name} again: {outcome}");
+            self.act_again(owner, "covered", name)?;
             sleep(NOTICED_WITHIN);
         }
         self.describe(owner, "covered", names)?;
@@ -224,7 +283,7 @@ impl Column<'_> {
     fn describe(&self, node: NodeName, below: &str, names: &[String]) -> Result<()> {
         let script = format!(
             "set -e; mkdir -p /host/{below}; for name in {}; do twinwrite-workload describe --root \
-             {MOUNT_POINT} --prefix {below}/$name --manifest /host/{below}/$name; done",
+             {MOUNT_POINT} --prefix {TOP}/{below}/$name --manifest /host/{below}/$name; done",
             names.join(" ")
         );
         self.lab.run_within(node, &script, LONG)?;
@@ -233,6 +292,11 @@ impl Column<'_> {
         for name in names {
             fs::copy(from.join(below).join(name), to.join(below).join(name))?;
         }
+        let differs = self.judge(node, below, MOUNT_POINT, names)?;
+        ensure!(
+            differs.is_empty(),
+            "the oracle does not know what it was shown: {differs:?}"
+        );
         Ok(())
     }
 

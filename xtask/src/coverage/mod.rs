@@ -1,10 +1,10 @@
 //! Coverage: what becomes of every operation that a volume can go through, found by doing it.
 //!
 //! A *column* is a file system on a kernel. In it every probe of `twinwrite-workload` is carried out on a
-//! protected volume, and found captured, refused, or such that the epoch is closed. Then both answers
+//! protected volume, and found captured, refused, or such that a checkpoint has to cover it. Then both answers
 //! are put to the test: the owner's power is cut, and the survivor must show what a captured operation
-//! did although nobody flushed it, and what one did that closed the epoch once the volume is protected
-//! again. There is no fourth case: an operation that succeeds, leaves the epoch open and is lost fails.
+//! did although nobody flushed it, and what one did that was only noticed once the volume is protected again.
+//! There is no fourth case: an operation that succeeds, is not noticed and is lost fails.
 
 mod column;
 pub mod table;
@@ -20,10 +20,11 @@ use crate::lab::{Filesystem, KernelRelease};
 pub enum Verdict {
     /// A crash with nothing flushed took nothing of it from the survivor.
     Captured,
-    /// It failed with `EPERM`.
+    /// It fails, and does not on the same file system without twinwrite.
     Refused,
-    /// The epoch was closed, and the next one's checkpoint covers it: a crash then took nothing.
-    EpochClosed,
+    /// It was noticed, and the volume is not protected until a checkpoint, of the same epoch or of the next
+    /// one, covers it: a crash after that took nothing.
+    Covered,
     /// This file system or kernel does not have it.
     NotOffered,
     /// None of these.

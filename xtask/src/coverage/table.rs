@@ -49,8 +49,13 @@ impl Table {
         }
     }
 
-    /// Takes a column, in place of an earlier run's.
-    pub fn put(&mut self, column: &str, found: Vec<(Probe, Cell)>) {
+    /// Takes a column, in place of an earlier run's; a whole one also takes away what that one had besides.
+    pub fn put(&mut self, column: &str, found: Vec<(Probe, Cell)>, is_whole: bool) {
+        if is_whole {
+            for row in &mut self.0 {
+                row.cells.remove(column);
+            }
+        }
         for (probe, cell) in found {
             let at = self.0.iter().position(|row| row.name == probe.name);
             let at = at.unwrap_or_else(|| {
@@ -65,6 +70,7 @@ impl Table {
                 row.cells.insert(column.to_owned(), cell);
             }
         }
+        self.0.retain(|row| !row.cells.is_empty());
     }
 
     /// Rows of a column that are not captured although the file system has the operation.
@@ -121,7 +127,7 @@ impl Cell {
         let verdict = match self.verdict {
             Verdict::Captured => "captured",
             Verdict::Refused => "refused",
-            Verdict::EpochClosed => "epoch closed",
+            Verdict::Covered => "covered later",
             Verdict::NotOffered => "not offered",
             Verdict::Failed => "**lost**",
         };
@@ -153,19 +159,21 @@ mod tests {
             "ext4 6.12",
             vec![
                 (probe("write"), cell(Verdict::Captured, "")),
-                (probe("fallocate"), cell(Verdict::EpochClosed, "a | gap")),
+                (probe("fallocate"), cell(Verdict::Covered, "a | gap")),
                 (probe("reflink"), cell(Verdict::NotOffered, "no")),
             ],
+            true,
         );
         table.put(
             "xfs 6.12",
             vec![(probe("write"), cell(Verdict::Failed, "<gone>"))],
+            true,
         );
         assert_eq!(table.not_captured("ext4 6.12"), 1);
         assert_eq!(table.not_captured("xfs 6.12"), 1);
         let page = table.page();
         assert!(page.contains("| data | write | captured | **lost**: &lt;gone> |"));
-        assert!(page.contains("| data | fallocate | epoch closed: a \\| gap |  |"));
+        assert!(page.contains("| data | fallocate | covered later: a \\| gap |  |"));
         assert!(page.contains("| data | reflink | not offered |  |"));
     }
 }
