@@ -260,7 +260,8 @@ impl Column<'_> {
             return Ok(Lost::new());
         }
         let owner = if volume(self.lab, B)?["role"] == "owner" {
-            self.lab.boot(A, true)?;
+            self.lab.boot(A, false)?;
+            self.lab.agent(A, AgentAction::Start)?;
             B
         } else {
             A
