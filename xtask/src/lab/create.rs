@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use super::config::{self, Filesystem, LabConfig, Lifetime, NodeName, Options, Programs, Service};
+use super::power::BOOTS_MAX;
 use super::process::ProcessId;
 use super::protocol::Request;
 use super::{AwaitedState, Lab, accel, daemon, image, lock, qemu};
@@ -62,12 +63,29 @@ impl Lab {
             initrd: image.initrd(release),
             root: image.root(),
         };
-        lab.make_directory(&config, &programs)?;
-        progress::step(&what, || lab.first_boot(&config.options)).inspect_err(|_| {
-            let _ = lab.down();
-        })?;
-        lab.start_service(&config.options)?;
-        Ok(lab)
+        let mut tries = 1;
+        loop {
+            lab.make_directory(&config, &programs)?;
+            progress::step(&what, || lab.first_boot(&config.options)).inspect_err(|_| {
+                let _ = lab.down();
+            })?;
+            let Err(error) = lab.start_service(&config.options) else {
+                return Ok(lab);
+            };
+            // An agent that attaches makes the kernel patch its code as well, see `wait_ready`.
+            let broken = NodeName::ALL.iter().find(|node| {
+                let is_broken = lab.broken_by_the_emulator(**node);
+                is_broken.unwrap_or(false)
+            });
+            match broken {
+                Some(node) if tries < BOOTS_MAX => progress::note(&format!(
+                    "the emulator broke {node}'s kernel while that patched its code: beginning again"
+                )),
+                _ => return Err(error),
+            }
+            lab.down()?;
+            tries += 1;
+        }
     }
 
     /// Makes what machines are booted from, if that was not done before.

@@ -34,7 +34,7 @@ pub enum CrashKind {
 /// already taken back, and a fault in what patches before there is any user space.
 const EMULATOR_OOPSES: [&str; 2] = ["Oops: int3", "RIP: 0010:text_poke_early+"];
 /// A machine is started so often at the most before it takes commands.
-const BOOTS_MAX: usize = 4;
+pub(super) const BOOTS_MAX: usize = 4;
 
 impl Lab {
     /// Crashes a machine and makes sure that it lived before and died in just this way. Gives the
@@ -167,7 +167,7 @@ impl Lab {
         Ok(flies(up_s, exists_ms))
     }
 
-    fn broken_by_the_emulator(&self, node: NodeName) -> Result<bool> {
+    pub(super) fn broken_by_the_emulator(&self, node: NodeName) -> Result<bool> {
         let console = fs::read(self.console_log(node)).unwrap_or_default();
         let text = String::from_utf8_lossy(&console);
         Ok(self.machine(node)?.ended.is_some() && is_the_emulators(&text))
