@@ -9,6 +9,7 @@ pub mod commands;
 pub mod coverage;
 pub mod demo;
 pub mod faults;
+mod json_file;
 pub mod lab;
 pub mod paths;
 pub mod progress;

@@ -8,11 +8,11 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::{Cell, Probe, Verdict};
-use crate::paths;
+use crate::{json_file, paths};
 
 const HEAD: &str = include_str!("head.md");
 /// More rows of a column may not be without capture.
@@ -40,13 +40,7 @@ impl Table {
     /// # Errors
     /// If it is damaged.
     pub fn load() -> Result<Self> {
-        let path = Self::json_path();
-        match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .with_context(|| format!("{} is damaged", path.display())),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-        }
+        json_file::load(&Self::json_path())
     }
 
     /// Takes a column, in place of an earlier run's; a whole one also takes away what that one had besides.
