@@ -73,14 +73,13 @@ impl Lab {
                 return Ok(lab);
             };
             // An agent that attaches makes the kernel patch its code as well, see `wait_ready`.
-            let broken = NodeName::ALL.iter().find(|node| {
-                let is_broken = lab.broken_by_the_emulator(**node);
-                is_broken.unwrap_or(false)
-            });
+            let broken = NodeName::ALL
+                .into_iter()
+                .find_map(|node| lab.broken_by_the_emulator(node).ok().flatten());
             match broken {
-                Some(node) if tries < BOOTS_MAX => progress::note(&format!(
-                    "the emulator broke {node}'s kernel while that patched its code: beginning again"
-                )),
+                Some(how) if tries < BOOTS_MAX => {
+                    progress::note(&format!("{how}: beginning again"));
+                }
                 _ => return Err(error),
             }
             lab.down()?;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use super::config::NodeName;
-use super::protocol::{MachineStatus, Reply, Request};
+use super::protocol::{MachineEnd, MachineStatus, Reply, Request};
 use super::{AgentAction, Lab, Service};
 use crate::progress::{self, tail};
 
@@ -33,6 +33,9 @@ pub enum CrashKind {
 /// What a kernel says that the emulator broke while it patched its own code: a breakpoint that it has
 /// already taken back, and a fault in what patches before there is any user space.
 const EMULATOR_OOPSES: [&str; 2] = ["Oops: int3", "RIP: 0010:text_poke_early+"];
+/// How an emulator ends that fell over itself: abort, bus error, illegal instruction, segmentation
+/// fault. Nothing that a guest does may bring that about.
+const EMULATOR_ENDS: [&str; 4] = ["signal 6", "signal 7", "signal 4", "signal 11"];
 /// A machine is started so often at the most before it takes commands.
 pub(super) const BOOTS_MAX: usize = 4;
 
@@ -127,10 +130,11 @@ impl Lab {
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
-                Err(_) if self.broken_by_the_emulator(node)? => {
-                    progress::note(&format!(
-                        "the emulator broke {node}'s kernel while that patched its code: booting again"
-                    ));
+                Err(error) => {
+                    let Some(how) = self.broken_by_the_emulator(node)? else {
+                        return Err(error);
+                    };
+                    progress::note(&format!("{how}: booting {node} again"));
                 }
                 Ok(()) if self.is_clock_too_fast(node)? => {
                     progress::note(&format!(
@@ -167,10 +171,12 @@ impl Lab {
         Ok(flies(up_s, exists_ms))
     }
 
-    pub(super) fn broken_by_the_emulator(&self, node: NodeName) -> Result<bool> {
+    /// How the emulator, and nothing that is tested, ended a machine, if it did.
+    pub(super) fn broken_by_the_emulator(&self, node: NodeName) -> Result<Option<String>> {
         let console = fs::read(self.console_log(node)).unwrap_or_default();
         let text = String::from_utf8_lossy(&console);
-        Ok(self.machine(node)?.ended.is_some() && is_the_emulators(&text))
+        let ended = self.machine(node)?.ended;
+        Ok(ended.and_then(|end| emulators_fault(node, &end, &text)))
     }
 
     fn wait_once(&self, node: NodeName) -> Result<()> {
@@ -257,9 +263,14 @@ impl Lab {
     }
 }
 
-/// Whether the console of a kernel that died on its way up tells that the emulator broke it.
-fn is_the_emulators(console: &str) -> bool {
-    EMULATOR_OOPSES.iter().any(|oops| console.contains(oops))
+/// What the emulator did wrong, if the way a machine ended or its kernel's console tells of that.
+fn emulators_fault(node: NodeName, end: &MachineEnd, console: &str) -> Option<String> {
+    let fell = !end.killed && EMULATOR_ENDS.contains(&end.how.as_str());
+    if fell {
+        return Some(format!("{node}'s emulator fell over ({})", end.how));
+    }
+    let broke = EMULATOR_OOPSES.iter().any(|oops| console.contains(oops));
+    broke.then(|| format!("the emulator broke {node}'s kernel while that patched its code"))
 }
 
 /// Whether this uptime is impossible for a machine of this age; its clock may be a little off.
@@ -289,7 +300,7 @@ fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64>
 
 #[cfg(test)]
 mod tests {
-    use super::{CrashKind, flies, is_the_emulators, judge};
+    use super::{CrashKind, emulators_fault, flies, judge};
     use crate::lab::config::NodeName;
     use crate::lab::process::ProcessId;
     use crate::lab::protocol::{MachineEnd, MachineStatus};
@@ -303,16 +314,32 @@ mod tests {
         assert!(flies(8.0, 4_000));
     }
 
+    fn end(how: &str, killed: bool) -> MachineEnd {
+        MachineEnd {
+            at_ms: 7,
+            how: how.to_owned(),
+            killed,
+        }
+    }
+
     #[test]
     fn only_a_kernel_that_died_patching_itself_is_the_emulators() {
-        assert!(is_the_emulators(
-            "[    2.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
-        ));
+        let fault = |console| emulators_fault(NodeName::A, &end("exit status 0", false), console);
+        assert!(fault("[    2.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI").is_some());
         let patching = "Oops: general protection fault, maybe for address 0x10: 0000 [#1]\n\
                         RIP: 0010:text_poke_early+0x68/0xa0";
-        assert!(is_the_emulators(patching));
+        assert!(fault(patching).is_some());
         let other = "Oops: general protection fault\nRIP: 0010:rxe_completer+0x12/0x900";
-        assert!(!is_the_emulators(other));
+        assert!(fault(other).is_none());
+    }
+
+    #[test]
+    fn only_an_emulator_that_fell_over_itself_is_at_fault_whatever_the_guest_said() {
+        let fault = |how, killed| emulators_fault(NodeName::A, &end(how, killed), "");
+        assert!(fault("signal 11", false).is_some());
+        assert!(fault("signal 9", false).is_none(), "somebody killed it");
+        assert!(fault("signal 9", true).is_none());
+        assert!(fault("exit status 1", false).is_none(), "it says why");
     }
 
     fn ended(how: &str, killed: bool) -> MachineStatus {
@@ -324,11 +351,7 @@ mod tests {
             },
             boots: 1,
             started_at_ms: 0,
-            ended: Some(MachineEnd {
-                at_ms: 7,
-                how: how.to_owned(),
-                killed,
-            }),
+            ended: Some(end(how, killed)),
         }
     }
 
