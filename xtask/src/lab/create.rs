@@ -75,10 +75,10 @@ impl Lab {
             // An agent that attaches makes the kernel patch its code as well, see `wait_ready`.
             let broken = NodeName::ALL
                 .into_iter()
-                .find_map(|node| lab.broken_by_the_emulator(node).ok().flatten());
+                .find_map(|node| lab.emulators_fault(node).ok().flatten());
             match broken {
-                Some(how) if tries < BOOTS_MAX => {
-                    progress::note(&format!("{how}: beginning again"));
+                Some(fault) if tries < BOOTS_MAX => {
+                    progress::note(&format!("{fault}: beginning again"));
                 }
                 _ => return Err(error),
             }

@@ -131,10 +131,11 @@ impl Lab {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
                 Err(error) => {
-                    let Some(how) = self.broken_by_the_emulator(node)? else {
+                    let fault = self.emulators_fault(node)?;
+                    let Some(fault) = fault.filter(|_| self.is_dead(node)) else {
                         return Err(error);
                     };
-                    progress::note(&format!("{how}: booting {node} again"));
+                    progress::note(&format!("{fault}: booting {node} again"));
                 }
                 Ok(()) if self.is_clock_too_fast(node)? => {
                     progress::note(&format!(
@@ -171,12 +172,20 @@ impl Lab {
         Ok(flies(up_s, exists_ms))
     }
 
-    /// How the emulator, and nothing that is tested, ended a machine, if it did.
-    pub(super) fn broken_by_the_emulator(&self, node: NodeName) -> Result<Option<String>> {
+    /// What the emulator, and nothing that is tested, did to a machine, if it did.
+    ///
+    /// # Errors
+    /// If the lab is not up.
+    pub fn emulators_fault(&self, node: NodeName) -> Result<Option<String>> {
         let console = fs::read(self.console_log(node)).unwrap_or_default();
         let text = String::from_utf8_lossy(&console);
         let ended = self.machine(node)?.ended;
-        Ok(ended.and_then(|end| emulators_fault(node, &end, &text)))
+        Ok(emulators_fault(node, ended.as_ref(), &text))
+    }
+
+    fn is_dead(&self, node: NodeName) -> bool {
+        self.machine(node)
+            .is_ok_and(|machine| machine.ended.is_some())
     }
 
     fn wait_once(&self, node: NodeName) -> Result<()> {
@@ -264,9 +273,9 @@ impl Lab {
 }
 
 /// What the emulator did wrong, if the way a machine ended or its kernel's console tells of that.
-fn emulators_fault(node: NodeName, end: &MachineEnd, console: &str) -> Option<String> {
-    let fell = !end.killed && EMULATOR_ENDS.contains(&end.how.as_str());
-    if fell {
+fn emulators_fault(node: NodeName, end: Option<&MachineEnd>, console: &str) -> Option<String> {
+    let fell = end.filter(|end| !end.killed && EMULATOR_ENDS.contains(&end.how.as_str()));
+    if let Some(end) = fell {
         return Some(format!("{node}'s emulator fell over ({})", end.how));
     }
     let broke = EMULATOR_OOPSES.iter().any(|oops| console.contains(oops));
@@ -324,7 +333,7 @@ mod tests {
 
     #[test]
     fn only_a_kernel_that_died_patching_itself_is_the_emulators() {
-        let fault = |console| emulators_fault(NodeName::A, &end("exit status 0", false), console);
+        let fault = |console| emulators_fault(NodeName::A, None, console);
         assert!(fault("[    2.1] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI").is_some());
         let patching = "Oops: general protection fault, maybe for address 0x10: 0000 [#1]\n\
                         RIP: 0010:text_poke_early+0x68/0xa0";
@@ -335,7 +344,7 @@ mod tests {
 
     #[test]
     fn only_an_emulator_that_fell_over_itself_is_at_fault_whatever_the_guest_said() {
-        let fault = |how, killed| emulators_fault(NodeName::A, &end(how, killed), "");
+        let fault = |how, killed| emulators_fault(NodeName::A, Some(&end(how, killed)), "");
         assert!(fault("signal 11", false).is_some());
         assert!(fault("signal 9", false).is_none(), "somebody killed it");
         assert!(fault("signal 9", true).is_none());

@@ -26,9 +26,11 @@ mod steady;
 mod survives_crash;
 mod wrong_peer;
 
+use std::fmt;
+
 use anyhow::{Context as _, Result};
 
-use crate::lab::{Lab, Lifetime, Options};
+use crate::lab::{Lab, Lifetime, NodeName, Options};
 
 pub use runner::{Outcome, run};
 
@@ -291,9 +293,34 @@ pub fn with_lab(name: &str, options: Options, work: impl FnOnce(&Lab) -> Result<
         },
     )?;
     let _ending = Ending(&lab);
-    work(&lab)
-        .with_context(|| format!("in lab {name}; its logs: {}", lab.directory().display()))?;
+    work(&lab).map_err(|error| {
+        let error = error.context(format!(
+            "in lab {name}; its logs: {}",
+            lab.directory().display()
+        ));
+        match emulators_fault(&lab) {
+            Some(fault) => error.context(fault),
+            None => error,
+        }
+    })?;
     lab.down()
+}
+
+/// The emulator ended or broke a machine under a scenario, which therefore tells nothing.
+#[derive(Debug)]
+pub(crate) struct EmulatorsFault(String);
+
+impl fmt::Display for EmulatorsFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn emulators_fault(lab: &Lab) -> Option<EmulatorsFault> {
+    NodeName::ALL
+        .into_iter()
+        .find_map(|node| lab.emulators_fault(node).ok().flatten())
+        .map(EmulatorsFault)
 }
 
 /// Ends a lab also if its scenario fails or panics.

@@ -1,7 +1,7 @@
 //! Running scenarios: as many labs at once as the host carries, then, one after the other, what measures.
 //!
 //! Machines wait most of the time, for a death to be noticed, or for each other. It must never repeat what has
-//! failed.
+//! failed, unless there is evidence that the emulator itself ended or broke a machine under it.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 
 use super::Run::{Alone, Quiet, Shared};
-use super::{ALL, Scenario, bench, with_lab};
+use super::{ALL, EmulatorsFault, Scenario, bench, with_lab};
 use crate::lab::Lab;
 use crate::progress;
 
@@ -75,6 +75,16 @@ fn labs_at_once() -> Result<usize> {
     }
 }
 
+/// Begins once more on other machines if the emulator fell over under these: that is no verdict on what is
+/// tested. A second time it is a failure, so that what makes the emulator fall over is looked at.
+fn on_sound_machines(work: fn() -> Result<()>) -> Result<()> {
+    let result = work();
+    let fault = (result.as_ref().err()).and_then(|error| error.downcast_ref::<EmulatorsFault>());
+    let Some(fault) = fault else { return result };
+    progress::note(&format!("{fault}: beginning again on new machines"));
+    work()
+}
+
 /// Those that have machines of their own; each tells whose its lines are.
 fn run_together(scenarios: &[&Scenario], at_once: usize) -> Result<Outcome> {
     let outcome = Mutex::new(Outcome::default());
@@ -100,7 +110,7 @@ fn run_together(scenarios: &[&Scenario], at_once: usize) -> Result<Outcome> {
                         progress::name_lines(scenario.name);
                     }
                     let began = Instant::now();
-                    let result = work();
+                    let result = on_sound_machines(work);
                     lock(&outcome).note(scenario, began.elapsed().as_secs_f32(), result);
                 }
             });
@@ -118,7 +128,9 @@ fn run_by_turns(scenarios: &[&Scenario], outcome: &mut Outcome) {
     let mut rest = scenarios.iter().copied().peekable();
     while let Some(scenario) = rest.next() {
         match scenario.run {
-            Alone(work) | Quiet(work) => outcome.judge(scenario, work),
+            Alone(work) | Quiet(work) => {
+                outcome.judge(scenario, || on_sound_machines(work));
+            }
             Shared(work) => {
                 // The first one's time holds the boot.
                 let mut next = Some((scenario, work));
