@@ -12,6 +12,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::accel::Accelerator;
+use super::emulator::Emulator;
 
 /// One of the two machines.
 #[derive(
@@ -248,6 +249,8 @@ pub struct LabConfig {
     pub options: Options,
     /// How the processor is had.
     pub accelerator: Accelerator,
+    /// What runs the machines.
+    pub emulator: Emulator,
     /// Uncompressed kernel.
     pub kernel: PathBuf,
     /// Initial ramdisk.

@@ -13,7 +13,7 @@ use super::config::{self, Filesystem, LabConfig, Lifetime, NodeName, Options, Pr
 use super::power::BOOTS_MAX;
 use super::process::ProcessId;
 use super::protocol::Request;
-use super::{AwaitedState, Lab, accel, daemon, image, lock, qemu};
+use super::{AwaitedState, Lab, accel, daemon, emulator, image, lock, qemu};
 use crate::build::{self, Profile};
 use crate::{paths, progress};
 
@@ -59,6 +59,7 @@ impl Lab {
         let config = LabConfig {
             options,
             accelerator,
+            emulator: emulator::ensure(accelerator)?,
             kernel: image.kernel(release),
             initrd: image.initrd(release),
             root: image.root(),

@@ -12,6 +12,7 @@ pub mod config;
 mod create;
 pub mod daemon;
 mod disks;
+mod emulator;
 mod image;
 mod lock;
 mod power;

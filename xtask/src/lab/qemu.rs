@@ -1,6 +1,8 @@
 //! The command line of a machine. All paths but the image's are relative to the lab's directory,
 //! which is the daemon's working directory: socket names have a length limit.
 
+use std::ffi::OsString;
+
 use super::config::{DiskKind, LabConfig, NodeName};
 
 const MEMORY_MIB: &str = "1536";
@@ -79,14 +81,15 @@ pub(super) fn disk_file(name: &str) -> String {
 
 /// Program and arguments that start the machine `node`. `setpriv` makes the kernel end QEMU with
 /// the thread that started it, and replaces itself by QEMU.
-pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<String> {
+pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<OsString> {
     let files = Files::of(node);
     let mut line = Line::default();
-    line.words("setpriv --pdeathsig KILL -- qemu-system-x86_64");
+    line.words("setpriv --pdeathsig KILL --");
+    line.0.extend(config.emulator.words());
     line.pair("-name", format!("twinwrite-{node}"));
     line.words("-machine q35 -nodefaults -no-user-config -no-reboot -display none");
     line.0
-        .extend(config.accelerator.arguments().map(str::to_owned));
+        .extend(config.accelerator.arguments().map(OsString::from));
     line.pair("-smp", PROCESSORS.to_owned());
     line.pair("-m", MEMORY_MIB.to_owned());
     line.pair("-serial", format!("file:{}", files.console()));
@@ -152,15 +155,15 @@ fn kernel_line(node: NodeName, more: &[String]) -> String {
 }
 
 #[derive(Default)]
-struct Line(Vec<String>);
+struct Line(Vec<OsString>);
 
 impl Line {
     fn words(&mut self, words: &str) {
-        self.0.extend(words.split(' ').map(str::to_owned));
+        self.0.extend(words.split(' ').map(OsString::from));
     }
 
     fn pair(&mut self, option: &str, value: String) {
-        self.0.extend([option.to_owned(), value]);
+        self.0.extend([option.into(), value.into()]);
     }
 
     fn disk(&mut self, name: &str, file: &str, more: &str) {

@@ -10,7 +10,7 @@ pub mod toolchain;
 use anyhow::{Result, bail};
 
 pub use linker::bpf_linker;
-pub(crate) use packages::{on_path, update_lists_if_absent};
+pub(crate) use packages::{is_debian_12, on_path, update_lists_if_absent};
 
 /// What somebody is about to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -208,7 +208,8 @@ fn remedy(missing: &[Need]) -> String {
     text + &names.join(" ")
 }
 
-fn is_debian_12() -> bool {
+/// Whether this is the system whose packages are known.
+pub(crate) fn is_debian_12() -> bool {
     let Ok(text) = fs::read_to_string("/etc/os-release") else {
         return false;
     };

@@ -78,7 +78,7 @@ fn spawn(daemon: &Arc<Daemon>, node: NodeName) -> Result<()> {
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn()
-        .with_context(|| format!("cannot start {program}"))?;
+        .with_context(|| format!("cannot start {}", program.display()))?;
     let pid = i32::try_from(child.id()).context("a process number does not fit")?;
     let process = ProcessId::of(pid).unwrap_or(ProcessId {
         pid,
