@@ -135,6 +135,12 @@ impl Lab {
         self.directory.join(node.name()).join("console.log")
     }
 
+    /// What QEMU itself said in the present or last run of the machine.
+    #[must_use]
+    pub fn qemu_log(&self, node: NodeName) -> PathBuf {
+        self.directory.join(node.name()).join("qemu.log")
+    }
+
     /// What happened to the machines, oldest first.
     ///
     /// # Errors

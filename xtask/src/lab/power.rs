@@ -135,7 +135,8 @@ impl Lab {
                     let Some(fault) = fault.filter(|_| self.is_dead(node)) else {
                         return Err(error);
                     };
-                    progress::note(&format!("{fault}: booting {node} again"));
+                    let said = tail(&self.qemu_log(node), 2);
+                    progress::note(&format!("{fault}: booting {node} again; QEMU said: {said}"));
                 }
                 Ok(()) if self.is_clock_too_fast(node)? => {
                     progress::note(&format!(
@@ -198,7 +199,7 @@ impl Lab {
                     || "is not ready in time".to_owned(),
                     |end| format!("ended while booting ({})", end.how),
                 );
-                let qemu = tail(&self.directory().join(node.name()).join("qemu.log"), 5);
+                let qemu = tail(&self.qemu_log(node), 5);
                 let console = tail(&self.console_log(node), 20);
                 bail!("machine {node} {why}\nqemu: {qemu}\nconsole:\n{console}");
             }

@@ -67,8 +67,12 @@ fn spawn(daemon: &Arc<Daemon>, node: NodeName) -> Result<()> {
     for stale in node_files.stale_at_boot() {
         let _ = fs::remove_file(stale);
     }
-    let old_console = format!("{node}/console.{}.log", boots - 1);
-    let _ = fs::rename(node_files.console(), old_console);
+    for (now, name) in [
+        (node_files.console(), "console"),
+        (node_files.qemu_log(), "qemu"),
+    ] {
+        let _ = fs::rename(now, format!("{node}/{name}.{}.log", boots - 1));
+    }
     let line = qemu::command_line(&config, node);
     let (program, arguments) = line.split_first().context("QEMU's command line is empty")?;
     let log = fs::File::create(node_files.qemu_log())?;
