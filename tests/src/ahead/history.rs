@@ -60,9 +60,18 @@ impl Log {
 
     /// Gives the version that these cells are about to get.
     pub(super) fn try_cells(&mut self, cells: &[u32]) -> Result<u64, Error> {
+        self.give("try", cells)
+    }
+
+    /// As [`Log::try_cells`], of a version that takes the old one's place before it is durable itself.
+    pub(super) fn try_loosely(&mut self, cells: &[u32]) -> Result<u64, Error> {
+        self.give("loose", cells)
+    }
+
+    fn give(&mut self, word: &str, cells: &[u32]) -> Result<u64, Error> {
         self.last += 1;
         let cells: Vec<String> = cells.iter().map(u32::to_string).collect();
-        self.line(&format!("try {} {}", self.last, cells.join(",")))?;
+        self.line(&format!("{word} {} {}", self.last, cells.join(",")))?;
         Ok(self.last)
     }
 
@@ -85,6 +94,8 @@ impl Log {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cell {
     pub(super) tried: Vec<u64>,
+    /// Those of them that took the old one's place before they were durable themselves.
+    pub(super) loose: Vec<u64>,
     /// Last confirmed version.
     pub(super) confirmed: Option<u64>,
     /// Last version before the wait.
@@ -122,12 +133,16 @@ impl History {
 
     fn take(&mut self, words: &[&str]) -> Option<()> {
         match words {
-            ["try", version, cells] => {
+            [word @ ("try" | "loose"), version, cells] => {
                 let version = version.parse().ok()?;
                 let cells: Option<Vec<u32>> = cells.split(',').map(|c| c.parse().ok()).collect();
                 let cells = cells?;
                 for cell in &cells {
-                    self.cells.entry(*cell).or_default().tried.push(version);
+                    let cell = self.cells.entry(*cell).or_default();
+                    cell.tried.push(version);
+                    if *word == "loose" {
+                        cell.loose.push(version);
+                    }
                 }
                 self.versions.insert(version, cells);
             }
@@ -174,7 +189,7 @@ mod tests {
         assert_eq!(log.try_cells(&[1]).expect("a line"), 3);
         log.confirmed(3, Reach::Own).expect("a line");
         assert_eq!(log.try_cells(&[2]).expect("a line"), 4);
-        assert_eq!(log.try_cells(&[0]).expect("a line"), 5);
+        assert_eq!(log.try_loosely(&[0]).expect("a line"), 5);
         log.confirmed(5, Reach::All).expect("a line");
         assert_eq!(log.try_cells(&[1]).expect("a line"), 6);
         log.file.write_all(b"own").expect("half a line");
@@ -183,6 +198,8 @@ mod tests {
         assert_eq!(must, [Some(5), Some(3), Some(4)]);
         let older: Vec<_> = history.cells.values().map(|cell| cell.older).collect();
         assert_eq!(older, [Some(1), Some(2), Some(2)]);
+        let loose: Vec<_> = history.cells.values().map(|c| c.loose.as_slice()).collect();
+        assert_eq!(loose, [&[5][..], &[], &[]]);
         assert_eq!((history.confirmations, history.ready), (2, true));
         let mut log = Log::resume(&path).expect("the log");
         assert_eq!(log.try_cells(&[0]).expect("a line"), 7);

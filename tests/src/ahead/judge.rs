@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::history::{Cell, History};
-use super::sector::{BLOCK_BYTES, versions};
+use super::sector::{BLOCK_BYTES, SECTOR_BYTES, sector, versions};
 use super::{Case, blocks, postgres, replaced, sqlite};
 use crate::error::Error;
 
@@ -38,6 +38,8 @@ enum Shown {
     Versions(Vec<u64>),
     /// No content of this cell.
     Nothing(String),
+    /// Only a part of one version, or of no version that can be told; what it looks like.
+    Part(Option<u64>, String),
 }
 
 /// Judges a run's directory. `older_mirrored`: all that the log tried before the wait had reached the
@@ -100,13 +102,20 @@ fn file(path: &Path, seed: u64, cell: u32) -> Shown {
         Ok(bytes) => bytes,
         Err(error) => return Shown::Nothing(format!("cannot be read: {error}")),
     };
-    if bytes.len() != BLOCK_BYTES * replaced::BLOCKS_EACH as usize {
+    let whole = BLOCK_BYTES * replaced::BLOCKS_EACH as usize;
+    let (mut all, mut missing) = (Vec::new(), None);
+    if bytes.len() > whole {
         return Shown::Nothing(format!("has {} bytes", bytes.len()));
     }
-    let mut all = Vec::new();
-    for (place, block) in bytes.chunks(BLOCK_BYTES).enumerate() {
-        match versions(block, seed, cell, place as u32) {
-            Ok(found) => all.extend(found),
+    if bytes.len() < whole {
+        missing = Some(format!("has {} bytes", bytes.len()));
+    }
+    for (number, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
+        match sector(bytes, seed, cell, number as u32) {
+            Ok(version) => all.push(version),
+            Err(reason) if bytes.iter().all(|byte| *byte == 0) => {
+                missing.get_or_insert_with(|| reason.to_owned());
+            }
             Err(reason) => return Shown::Nothing(reason.to_owned()),
         }
     }
@@ -114,7 +123,10 @@ fn file(path: &Path, seed: u64, cell: u32) -> Shown {
     if all.len() > 1 {
         return Shown::Nothing(format!("is torn: {all:?}"));
     }
-    Shown::Versions(all)
+    match missing {
+        Some(looks) => Shown::Part(all.first().copied(), looks),
+        None => Shown::Versions(all),
+    }
 }
 
 impl Report {
@@ -125,12 +137,16 @@ impl Report {
             least.is_some_and(|least| match shown {
                 Shown::Versions(versions) => versions.iter().any(|version| *version < least),
                 Shown::Nothing(_) => true,
+                // It was given up for a later version that nobody had made durable.
+                Shown::Part(part, _) => !(of.loose.iter())
+                    .any(|loose| *loose > least && part.is_none_or(|part| part == *loose)),
             })
         };
         let foreign = match shown {
             Shown::Versions(versions) => versions
                 .iter()
                 .any(|version| *version > 0 && !of.tried.contains(version)),
+            Shown::Part(part, _) => part.is_some_and(|part| !of.tried.contains(&part)),
             Shown::Nothing(_) => false,
         };
         let kind = if less_than(of.confirmed) || foreign {
@@ -145,7 +161,7 @@ impl Report {
         if self.differences.len() < TOLD_MAX {
             let shows = match shown {
                 Shown::Versions(versions) => format!("shows {versions:?}"),
-                Shown::Nothing(reason) => reason.clone(),
+                Shown::Nothing(reason) | Shown::Part(_, reason) => reason.clone(),
             };
             let last = of.tried.last().copied().unwrap_or_default();
             self.differences.push(format!(

@@ -2,7 +2,7 @@
 
 /// A block of a cell.
 pub(super) const BLOCK_BYTES: usize = 4096;
-const SECTOR_BYTES: usize = 512;
+pub(super) const SECTOR_BYTES: usize = 512;
 const HEADER_BYTES: usize = 32;
 const CRC_BYTES: usize = 4;
 const MAGIC: u64 = u64::from_le_bytes(*b"twinahed");
@@ -36,12 +36,13 @@ pub(super) fn versions(
     }
     let mut found = Vec::new();
     for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
-        found.push(version(bytes, run, cell, place * 8 + sector as u32)?);
+        found.push(self::sector(bytes, run, cell, place * 8 + sector as u32)?);
     }
     Ok(found)
 }
 
-fn version(bytes: &[u8], run: u64, cell: u32, sector: u32) -> Result<u64, &'static str> {
+/// The version that a sector shows, by its number in the cell; in words what is no content of it.
+pub(super) fn sector(bytes: &[u8], run: u64, cell: u32, sector: u32) -> Result<u64, &'static str> {
     if bytes.iter().all(|byte| *byte == 0) {
         return Err("shows zeros");
     }

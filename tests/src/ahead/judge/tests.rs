@@ -52,6 +52,53 @@ fn a_reverted_block_a_lost_one_and_a_foreign_one_are_seen() {
     assert_eq!(bench.judge(true).mirrored_lost, 1);
 }
 
+/// A run whose only file has this content.
+fn replaced(log: &str, content: &[u8]) -> Report {
+    let root = tempfile::tempdir().expect("a directory");
+    let path = root.path().join("log");
+    std::fs::write(&path, log).expect("a log");
+    std::fs::write(replaced::path(root.path(), 0), content).expect("a file");
+    judge(Case::Rename, root.path(), &path, SEED, true).expect("a judgement")
+}
+
+#[test]
+fn only_a_version_that_nobody_had_made_durable_may_be_there_in_part() {
+    let log = "try 1 0\nready\ntry 2 0\nown 2\nloose 3 0\ntry 4 0\n";
+    let of = |version| {
+        let places = 0..replaced::BLOCKS_EACH;
+        let blocks = places.map(|place| super::super::sector::block(SEED, 0, place, version));
+        blocks.flatten().collect::<Vec<u8>>()
+    };
+    let begun = |version| of(version)[..BLOCK_BYTES].to_vec();
+    let hollow = |version| {
+        let mut bytes = of(version);
+        bytes[..BLOCK_BYTES].fill(0);
+        bytes
+    };
+    for good in [of(2), of(3), of(4), begun(3), hollow(3), vec![]] {
+        assert!(replaced(log, &good).pass);
+    }
+    for bad in [
+        of(1),
+        begun(2),
+        begun(4),
+        hollow(4),
+        [of(3), of(3)].concat(),
+    ] {
+        assert_eq!(replaced(log, &bad).confirmed_lost, 1);
+    }
+    let mixed = [begun(3), of(4)[BLOCK_BYTES..].to_vec()].concat();
+    assert_eq!(replaced(log, &mixed).confirmed_lost, 1);
+    // What came after it was made durable.
+    let later = format!("{log}own 4\n");
+    assert_eq!(replaced(&later, &[]).confirmed_lost, 1);
+    assert!(replaced(&later, &of(4)).pass);
+    // Before anything was confirmed: what was mirrored, unless it was given up.
+    let early = "try 1 0\nready\n";
+    assert_eq!(replaced(early, &[]).mirrored_lost, 1);
+    assert!(replaced(&format!("{early}loose 2 0\n"), &[]).pass);
+}
+
 fn rows(log: &str, rows: Result<Vec<(u32, u64)>, String>) -> Report {
     let root = tempfile::tempdir().expect("a directory");
     let path = root.path().join("log");
