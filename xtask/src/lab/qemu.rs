@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 
-use super::config::{DiskKind, LabConfig, NodeName};
+use super::config::{DiskKind, LabConfig, NodeName, Options};
 
 const MEMORY_MIB: &str = "1536";
 const PROCESSORS: &str = "2";
@@ -99,10 +99,7 @@ pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<OsString> 
     );
     line.pair("-kernel", config.kernel.display().to_string());
     line.pair("-initrd", config.initrd.display().to_string());
-    line.pair(
-        "-append",
-        kernel_line(node, &config.options.kernel_parameters),
-    );
+    line.pair("-append", kernel_line(node, &config.options));
     line.disk("root", &config.root.display().to_string(), "readonly=on");
     // No host cache: what the guest was told is on the disk outlives the machine, and the other
     // machine sees it.
@@ -144,13 +141,14 @@ pub(super) fn command_line(config: &LabConfig, node: NodeName) -> Vec<OsString> 
     line.0
 }
 
-fn kernel_line(node: NodeName, more: &[String]) -> String {
+fn kernel_line(node: NodeName, options: &Options) -> String {
     format!(
         "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check \
          lsm=landlock,lockdown,yama,integrity,apparmor,bpf net.ifnames=0 \
-         lab.node={node} lab.ip={} {}",
+         lab.node={node} lab.ip={} lab.filesystem={} {}",
         node.address(),
-        more.join(" ")
+        options.filesystem,
+        options.kernel_parameters.join(" ")
     )
 }
 
