@@ -124,10 +124,11 @@ fn writeback_crash(pair: &mut Pair<'_>, fault: &Fault) -> Result<Row> {
     let writer = pair.write()?;
     let seen = fail_writeback(pair, fault, "error")?;
     let written = pair.lab.run(pair.owner, VICTIM)?;
-    // It was told of the error; asked again, the kernel says that all is well.
+    // It was told of the error; asked again, the kernel says that all is well. Unless the gate keeps that
+    // answer back: whom it has stopped only this signal ends.
     pair.lab.run(
         pair.owner,
-        "timeout 3 sync /srv/vol0/victim; timeout 3 sync -f /srv/vol0; true",
+        "timeout -s KILL 3 sync /srv/vol0/victim; timeout -s KILL 3 sync -f /srv/vol0; true",
     )?;
     let lag = pair.lag();
     let (state, _) = pair.shown(pair.owner)?;

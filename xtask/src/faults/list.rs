@@ -256,21 +256,6 @@ pub(super) const CAPTURE: &[Fault] = &[
         ),
     ),
     fault(
-        "region-full",
-        "the region is full and no checkpoint can purge it",
-        "the volume's disk is held (dm suspend), 100 MiB are written into a region of 64 MiB",
-        15,
-        (
-            Owner(
-                "dmsetup suspend --noflush --nolockfs lab-volume && \
-                 { dd if=/dev/zero of=/srv/vol0/burst bs=64k count=1600 status=none & }",
-            ),
-            Weakened,
-            PowerCut,
-            Undo::Nothing,
-        ),
-    ),
-    fault(
         "record-too-large",
         "one write is larger than the region",
         "a single write of 80 MiB into a region of 64 MiB",
@@ -386,7 +371,8 @@ pub(super) const DISKS: &[Fault] = &[
         (
             Owner(
                 "mount -o remount,errors=remount-ro /srv/vol0; \
-                 device=$(readlink -f /dev/mapper/lab-volume); \
+                 for device in /sys/block/dm-*; do \
+                 [ \"$(cat $device/dm/name)\" = lab-volume ] && break; done; \
                  echo injected >/sys/fs/ext4/${device##*/}/trigger_fs_error",
             ),
             Says("read-only"),

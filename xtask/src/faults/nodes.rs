@@ -30,8 +30,8 @@ const fn fault(
 pub(super) const FAULTS: &[Fault] = &[
     fault(
         "region-damaged",
-        "the region's memory is damaged, then the owner dies",
-        "4 MiB of the region file overwritten on the mirror, power cut; a person gives the region up",
+        "the owner dies, and the region's memory is damaged",
+        "the whole log in the region file overwritten on the mirror right after the power cut; a person gives the region up",
         40,
         region_damaged,
     ),
@@ -92,16 +92,17 @@ fn told_by_mirror(pair: &Pair<'_>, fault: &Fault, begun: Moment, names: &[&str])
 fn region_damaged(pair: &mut Pair<'_>, fault: &Fault) -> Result<Row> {
     let writer = pair.write()?;
     let lag = pair.lag();
+    let begun = pair.now(pair.owner)?;
+    pair.lab.crash(pair.owner, CrashKind::Kill)?;
+    // Before the takeover begins, and after the last frame: what is sent later is whole again.
     pair.lab.run(
         pair.mirror(),
         &format!(
             "region=/dev/shm/twinwrite/{VOLUME}.region; [ -s $region ] && \
-             head -c 4M /dev/zero | tr '\\0' '\\377' | \
-             dd of=$region bs=4k seek=4 conv=notrunc status=none"
+             head -c $(($(stat -c %s $region) - 16384)) /dev/zero | tr '\\0' '\\377' | \
+             dd of=$region bs=16k seek=1 conv=notrunc status=none"
         ),
     )?;
-    let begun = pair.now(pair.owner)?;
-    pair.lab.crash(pair.owner, CrashKind::Kill)?;
     let seen = told_by_mirror(pair, fault, begun, &["takeover_step", "takeover_waits"])?;
     let serves = pair.shown(pair.mirror())?.0 != "suspended";
     ensure!(
