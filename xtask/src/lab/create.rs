@@ -74,10 +74,7 @@ impl Lab {
                 return Ok(lab);
             };
             // An agent that attaches makes the kernel patch its code as well, see `wait_ready`.
-            let broken = NodeName::ALL
-                .into_iter()
-                .find_map(|node| lab.emulators_fault(node).ok().flatten());
-            match broken {
+            match lab.emulators_fault() {
                 Some(fault) if tries < BOOTS_MAX => {
                     progress::note(&format!("{fault}: beginning again"));
                 }

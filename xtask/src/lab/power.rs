@@ -131,7 +131,7 @@ impl Lab {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
                 Err(error) => {
-                    let fault = self.emulators_fault(node)?;
+                    let fault = self.emulators_fault_on(node)?;
                     let Some(fault) = fault.filter(|_| self.is_dead(node)) else {
                         return Err(error);
                     };
@@ -173,11 +173,15 @@ impl Lab {
         Ok(flies(up_s, exists_ms))
     }
 
-    /// What the emulator, and nothing that is tested, did to a machine, if it did.
-    ///
-    /// # Errors
-    /// If the lab is not up.
-    pub fn emulators_fault(&self, node: NodeName) -> Result<Option<String>> {
+    /// What the emulator, and nothing that is tested, did to one of the machines, if it did and the lab is up.
+    #[must_use]
+    pub fn emulators_fault(&self) -> Option<String> {
+        NodeName::ALL
+            .into_iter()
+            .find_map(|node| self.emulators_fault_on(node).ok().flatten())
+    }
+
+    fn emulators_fault_on(&self, node: NodeName) -> Result<Option<String>> {
         let console = fs::read(self.console_log(node)).unwrap_or_default();
         let text = String::from_utf8_lossy(&console);
         let ended = self.machine(node)?.ended;

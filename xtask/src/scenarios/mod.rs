@@ -30,7 +30,7 @@ use std::fmt;
 
 use anyhow::{Context as _, Result};
 
-use crate::lab::{Lab, Lifetime, NodeName, Options};
+use crate::lab::{Lab, Lifetime, Options};
 
 pub use runner::{Outcome, run};
 
@@ -298,8 +298,8 @@ pub fn with_lab(name: &str, options: Options, work: impl FnOnce(&Lab) -> Result<
             "in lab {name}; its logs: {}",
             lab.directory().display()
         ));
-        match emulators_fault(&lab) {
-            Some(fault) => error.context(fault),
+        match lab.emulators_fault() {
+            Some(fault) => error.context(EmulatorsFault(fault)),
             None => error,
         }
     })?;
@@ -314,13 +314,6 @@ impl fmt::Display for EmulatorsFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
-}
-
-fn emulators_fault(lab: &Lab) -> Option<EmulatorsFault> {
-    NodeName::ALL
-        .into_iter()
-        .find_map(|node| lab.emulators_fault(node).ok().flatten())
-        .map(EmulatorsFault)
 }
 
 /// Ends a lab also if its scenario fails or panics.
