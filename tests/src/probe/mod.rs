@@ -129,7 +129,13 @@ impl Probe {
             Ok(()) => Ok(Outcome::Done),
             Err(error) if stage == Stage::Act => match error.raw_os_error() {
                 Some(libc::EPERM) => Ok(Outcome::Refused),
-                Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS | libc::EINVAL) => {
+                Some(
+                    libc::EOPNOTSUPP
+                    | libc::ENOTTY
+                    | libc::ENOSYS
+                    | libc::EINVAL
+                    | libc::ENAMETOOLONG,
+                ) => {
                     let reason = error.to_string();
                     Ok(Outcome::NotOffered { reason })
                 }

@@ -333,9 +333,11 @@ impl CrashedDisk {
     /// Mounts a fresh copy of it in the survivor: the kernel replays the journal and nothing else.
     pub(crate) fn mount(&self, lab: &Lab) -> Result<()> {
         let (archive, disk, root) = (Self::ARCHIVE, Self::DISK, Self::MOUNT_POINT);
+        // The survivor has a file system of this identity mounted, which XFS minds.
         let command = format!(
             "modprobe loop; tar --sparse -xf /host/{archive} -C /var/lib/twinwrite && \
-             mount -o loop {disk} {root} || {{ dmesg | tail -n 5 >&2; false; }}"
+             options=loop; test $(blkid -o value -s TYPE {disk}) != xfs || options=loop,nouuid; \
+             mount -o $options {disk} {root} || {{ dmesg | tail -n 5 >&2; false; }}"
         );
         lab.run(self.node, &command).map(drop)
     }
