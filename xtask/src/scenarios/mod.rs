@@ -24,6 +24,7 @@ mod returning_owner;
 mod runner;
 mod steady;
 mod survives_crash;
+mod writer_cost;
 mod wrong_peer;
 
 use std::fmt;
@@ -108,6 +109,12 @@ pub const ALL: &[Scenario] = &[
         70,
         Shared(steady::idle_cost),
         "an idle agent uses under 1.5 % of a processor on either node, and wakes up when it must",
+    ),
+    scenario(
+        "writer_cost",
+        70,
+        Alone(writer_cost::run),
+        "capturing a write allocates no memory and makes no system call in the writer",
     ),
     scenario(
         "loaded_host",
