@@ -21,12 +21,16 @@ macro_rules! globals {
 globals! {
     /// `s_dev` of the protected volume.
     TARGET_DEV,
-    KIOCB_FILP, KIOCB_POS,
+    KIOCB_FILP, KIOCB_POS, KIOCB_COMPLETION,
     FILE_INODE,
     INODE_SB, INODE_INO, INODE_GENERATION, INODE_MODE, INODE_SIZE, INODE_UID, INODE_GID,
     INODE_RDEV, INODE_NLINK, INODE_STATE,
     /// Absent on kernels without ACLs.
     INODE_DEFAULT_ACL,
+    /// 1 if the extended state of whatever is made is told: it may have a security label.
+    STATE_OF_NEW,
+    /// Where a directory has the flags that it hands on, counted from its VFS inode (wrapping), and which are.
+    FLAGS_FROM_INODE, FLAGS_HANDED_ON,
     INODE_MTIME_SEC, INODE_MTIME_NSEC, INODE_ATIME_SEC, INODE_ATIME_NSEC,
     /// Value of `I_LINKABLE` in `i_state`.
     I_LINKABLE,
@@ -37,10 +41,15 @@ globals! {
     ITER_UBUF, ITER_IOVEC,
     IATTR_VALID,
     RENAME_OLD_DENTRY, RENAME_FLAGS,
-    FAULT_VMA, VMA_FILE,
+    FAULT_VMA, FAULT_PAGE, FAULT_PAGE_STRUCT, VMA_FILE, VMA_FLAGS,
+    PAGE_COMPOUND, FOLIO_FLAGS, FOLIO_INDEX, FOLIO_ORDER,
+    /// Number of the bit of `FOLIO_FLAGS` that a folio of more than one page has (`PG_head`).
+    PAGE_IS_HEAD,
+    /// 1 if `set_posix_acl` is told the dentry, 0 if the inode.
+    ACL_BY_DENTRY,
     MAPPING_HOST,
-    DIO_IOCB, DIO_FLAGS,
-    FILE_FLAGS, FILE_DENTRY, SB_MAGIC,
+    DIO_IOCB, DIO_FLAGS, DIO_ERROR, DIO_BYTES,
+    FILE_FLAGS, FILE_DENTRY, SB_MAGIC, SB_FLAGS,
     /// The count of the inode's lock; how many direct writes are under way.
     INODE_LOCK, INODE_DIRECT_WRITERS,
     TASK_FLAGS, TASK_TGID, TASK_LEADER, TASK_STARTED, TASK_FILES, TASK_SIGNAL, TASK_JOB_CONTROL,
@@ -55,7 +64,7 @@ globals! {
     SOCKET_SOCK, SOCK_FAMILY,
     FILES_TABLE, TABLE_MAX, TABLE_FILES,
     /// System call number and arguments at its exit.
-    REGS_NUMBER, REGS_FIRST, REGS_FOURTH, REGS_COMPAT_FIRST, REGS_COMPAT_SIXTH,
+    REGS_NUMBER, REGS_RESULT, REGS_FIRST, REGS_FOURTH, REGS_COMPAT_FIRST, REGS_COMPAT_SIXTH,
 }
 
 /// Reads a member through a pointer whose type the verifier knows: a plain load.

@@ -143,15 +143,21 @@ impl Control {
     }
 }
 
-/// Whether this inode is the volume's and the change is not the agent's own; the control words.
+/// Whether this inode is the volume's.
 #[inline(always)]
-pub fn wanted(inode: *const u8) -> Option<Control> {
+pub fn is_on_volume(inode: *const u8) -> bool {
     // SAFETY: callers pass an inode from the hook's arguments; a null pointer reads as device 0.
     let device: u32 = unsafe {
         let sb: *const u8 = member(inode, &INODE_SB);
         member(sb, &SB_DEV)
     };
-    if u64::from(device) != TARGET_DEV.load() {
+    u64::from(device) == TARGET_DEV.load()
+}
+
+/// Whether this inode is the volume's and the change is not the agent's own; the control words.
+#[inline(always)]
+pub fn wanted(inode: *const u8) -> Option<Control> {
+    if !is_on_volume(inode) {
         return None;
     }
     let control = Control::get()?;

@@ -25,11 +25,13 @@ use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::BtfTracePointContext;
 use twinwrite_abi::{control, gap, held, op};
 
+use crate::calls::{self, Class, class};
 use crate::config::*;
 use crate::emit::*;
 use crate::gaps;
 use crate::hold::hold;
 use crate::server;
+use crate::unnoticed;
 use crate::workers;
 
 /// `PF_IO_WORKER`: also the thread that submits for an io_uring.
@@ -45,8 +47,6 @@ const O_DSYNC: u32 = 0x1000;
 const WRITER_LOCKED: u64 = 1;
 /// `OVERLAYFS_SUPER_MAGIC`.
 const OVERLAY: u64 = 0x794c_7630;
-/// `TS_COMPAT`: the number is one of the 32-bit table.
-const COMPAT: u32 = 2;
 /// `SYNC_FILE_RANGE_WAIT_BEFORE` and `SYNC_FILE_RANGE_WAIT_AFTER`.
 const RANGE_WAITS: u64 = 1 | 4;
 /// Bound of the look; the time limit ends it before.
@@ -281,6 +281,15 @@ pub fn require_closed(control: Control, generation: u64) {
     }
 }
 
+/// Makes the running call, which is no thread's of the kernel, wait for what it has told.
+#[inline(always)]
+pub fn require_wait(control: Control, wait: &Wait) {
+    if !wait.is_over(control) {
+        wake_consumer(control);
+    }
+    await_at_exit(control, wait);
+}
+
 /// Makes the running thread wait at the end of its system call.
 #[inline(always)]
 fn await_at_exit(control: Control, wait: &Wait) {
@@ -289,13 +298,21 @@ fn await_at_exit(control: Control, wait: &Wait) {
     // SAFETY: only this thread writes its entry.
     let known = unsafe { PENDING.get(&thread) }.copied();
     // A later mark of the same call waits for no less than the one before.
+    let mut wait = *wait;
     if let Some(known) = known
-        && known.position == held::UNTIL_CLOSED
         && known.generation == wait.generation
     {
-        return;
+        if known.open_word == wait.open_word {
+            if known.position >= wait.position {
+                return;
+            }
+        } else if known.position == held::UNTIL_CLOSED {
+            return;
+        } else if wait.position != held::UNTIL_CLOSED {
+            wait = until_checkpoint(control, wait.generation);
+        }
     }
-    if PENDING.insert(&thread, wait, 0).is_err() {
+    if PENDING.insert(&thread, &wait, 0).is_err() {
         note(control, gap::UNGATED);
     } else if known.is_none() {
         control.increment(control::GATE_PENDING);
@@ -369,45 +386,6 @@ pub fn look(control: Control, wait: Wait, limit_ns: u64) -> bool {
     open
 }
 
-/// What a system call is to the gate.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Class {
-    /// Confirms what was written before to all volumes.
-    SyncAll,
-    /// Confirms what was written before to its file's volume.
-    SyncVolume,
-    /// Confirms what was written before to its file.
-    SyncFile,
-    /// `sync_file_range`: waits for what was written before if its fourth argument says so.
-    Range,
-    /// Writes.
-    Write,
-    /// None of these.
-    Other,
-}
-
-#[inline(always)]
-fn class(number: u64, compat: bool) -> Class {
-    if compat {
-        return match number {
-            36 => Class::SyncAll,
-            344 => Class::SyncVolume,
-            118 | 148 => Class::SyncFile,
-            314 => Class::Range,
-            4 | 146 | 181 | 334 | 379 => Class::Write,
-            _ => Class::Other,
-        };
-    }
-    match number {
-        162 => Class::SyncAll,
-        306 => Class::SyncVolume,
-        74 | 75 => Class::SyncFile,
-        277 => Class::Range,
-        1 | 18 | 20 | 296 | 328 => Class::Write,
-        _ => Class::Other,
-    }
-}
-
 /// A file behind a descriptor.
 struct Open {
     inode: u64,
@@ -416,8 +394,13 @@ struct Open {
 
 #[inline(always)]
 pub fn read_at<T>(base: u64, offset: &Global<u64>) -> Option<T> {
+    read_raw(base + offset.load())
+}
+
+#[inline(always)]
+pub fn read_raw<T>(at: u64) -> Option<T> {
     // SAFETY: a bad address is reported, not followed.
-    unsafe { bpf_probe_read_kernel((base + offset.load()) as *const T) }.ok()
+    unsafe { bpf_probe_read_kernel(at as *const T) }.ok()
 }
 
 /// The file behind a descriptor, if it lies on the volume. `None` also if the descriptor was closed
@@ -450,13 +433,9 @@ fn file_on_volume(descriptor: u64, or_overlay: bool) -> Option<Open> {
 /// What the running call has to wait for where it left no mark.
 #[inline(always)]
 fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wait> {
-    // SAFETY: the tracepoint's argument; the current task is valid.
-    let (number, compat) = unsafe {
-        (
-            member::<u64>(regs, &REGS_NUMBER),
-            member::<u32>(current(), &TASK_STATUS) & COMPAT != 0,
-        )
-    };
+    // SAFETY: the tracepoint's argument.
+    let number = unsafe { member::<u64>(regs, &REGS_NUMBER) };
+    let compat = calls::is_compat();
     let class = class(number, compat);
     if class == Class::Other || result < 0 {
         return None;
@@ -492,8 +471,12 @@ fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wa
                 control.read(control::GAPS + gap::DIRECT_IO),
                 control.read(control::GAPS_SEEN + gap::DIRECT_IO),
             );
-            if file.flags & O_DIRECT == 0 || noticed == covered {
+            if file.flags & O_DIRECT == 0 {
                 return None;
+            }
+            if noticed == covered {
+                // Through the page cache after all, and written back from there at once.
+                return Some(until_captured(control, generation));
             }
             Some(Wait::until_mirrored(held::UNTIL_CLOSED, generation))
         }
@@ -513,7 +496,7 @@ fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wa
 #[inline(always)]
 fn is_quiet(control: Control, inode: u64) -> bool {
     let lock = read_at::<u64>(inode, &INODE_LOCK).unwrap_or(WRITER_LOCKED);
-    lock & WRITER_LOCKED == 0 && control.read(control::UNNOTICED) == 0
+    lock & WRITER_LOCKED == 0 && !unnoticed::is_any_of_others(control)
 }
 
 /// A call without a mark clips nothing: if the log lacks something, nothing older may be replayed.
@@ -561,6 +544,7 @@ pub fn gate_exit(ctx: BtfTracePointContext) -> i32 {
     };
     let thread = thread();
     gaps::note_late(control, thread);
+    unnoticed::end_unseen(control);
     let mut wait = None;
     if control.read(control::GATE_PENDING) != 0 {
         // SAFETY: only this thread writes its entry.

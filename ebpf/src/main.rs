@@ -14,15 +14,21 @@
 #![allow(internal_features)]
 
 mod attributes;
+mod calls;
 mod config;
 mod data;
+mod direct;
 mod emit;
+mod extended;
 mod gaps;
 mod gate;
 mod hold;
+mod mapping;
 mod names;
 mod server;
+mod space;
 mod sync;
+mod unnoticed;
 mod workers;
 mod writeback;
 

@@ -11,6 +11,7 @@ use crate::attributes::emit_attributes;
 use crate::config::*;
 use crate::data::Copying;
 use crate::emit::*;
+use crate::extended::emit_inherited;
 
 const MODE_FORMAT: u32 = 0o170_000;
 const MODE_DIRECTORY: u32 = 0o040_000;
@@ -190,7 +191,11 @@ fn instantiated(ctx: &FExitContext) -> Option<()> {
             // Its target is known at the exit of vfs_symlink.
             return None;
         }
+        let is_fresh = record.head.op == op::CREATE;
         emit_names(control, record, inode, [Name::of(dentry), Name::NONE], 0);
+        if is_fresh {
+            emit_inherited(control, inode, parent);
+        }
     }
     Some(())
 }
@@ -220,6 +225,8 @@ fn unnamed(ctx: &FExitContext) -> Option<()> {
         record.head.arg = 0;
         record.body.parent_time_ns = 0;
         emit_names(control, record, inode, [Name::NONE, Name::NONE], 0);
+        // Which directory it was made in its open file's dentry tells; it has no name there.
+        emit_inherited(control, inode, parent_of(member(ctx.arg(0), &FILE_DENTRY)));
     }
     Some(())
 }
@@ -253,6 +260,7 @@ fn symlinked(ctx: &FExitContext) -> Option<()> {
             [Name::of(dentry), Name::NONE],
             target,
         );
+        emit_inherited(control, inode, parent_of(dentry));
     }
     Some(())
 }

@@ -109,6 +109,10 @@ pub struct VolumeBoard {
     pub recursion_misses: Gauge,
     /// Noticed and uncaptured changes, by `twinwrite_abi::gap`.
     pub gaps: [Gauge; twinwrite_abi::gap::COUNT],
+    /// Pages that may be changed through shared mappings, without a record.
+    pub mapped_pages: Gauge,
+    /// How long ago these were looked at, microseconds.
+    pub mapped_age_us: Gauge,
     /// Checkpoints that proved durability.
     pub checkpoints: Gauge,
     /// Checkpoints that failed.
@@ -179,6 +183,8 @@ impl VolumeBoard {
             writeback_errors: Gauge::default(),
             recursion_misses: Gauge::default(),
             gaps: Default::default(),
+            mapped_pages: Gauge::default(),
+            mapped_age_us: Gauge::default(),
             checkpoints: Gauge::default(),
             checkpoint_failures: Gauge::default(),
             epochs_closed: Gauge::default(),

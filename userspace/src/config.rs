@@ -106,6 +106,16 @@ pub enum MountBy {
     External,
 }
 
+/// What becomes of shared writable mappings, through which bytes change without a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MappingPolicy {
+    /// Their pages are looked at again and again, and what has changed is told.
+    Snapshot,
+    /// New ones are refused with EOPNOTSUPP.
+    Refuse,
+}
+
 /// `[[volume]]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -146,6 +156,13 @@ pub struct Volume {
     /// Lag beyond this is `exposed`.
     #[serde(default = "default_lag_limit")]
     pub lag_limit: SignedDuration,
+    /// What becomes of shared writable mappings of the volume's files.
+    #[serde(default = "default_mappings")]
+    pub mappings: MappingPolicy,
+    /// Pages that are changed through shared mappings are looked at so often: what was stored since is lost with
+    /// the node.
+    #[serde(default = "default_mapping_snapshot_interval")]
+    pub mapping_snapshot_interval: SignedDuration,
     /// Command run when this node begins to serve the volume (`{volume}`, `{mount_point}`).
     pub serve_command: Option<Vec<String>>,
 }
@@ -185,6 +202,12 @@ fn default_ring_bytes() -> ByteSize {
 }
 fn default_checkpoint_age() -> SignedDuration {
     SignedDuration::from_secs(20)
+}
+fn default_mappings() -> MappingPolicy {
+    MappingPolicy::Snapshot
+}
+fn default_mapping_snapshot_interval() -> SignedDuration {
+    SignedDuration::from_secs(1)
 }
 fn default_lag_limit() -> SignedDuration {
     SignedDuration::from_secs(2)

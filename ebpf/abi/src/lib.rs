@@ -17,7 +17,7 @@
 #![no_std]
 
 /// Version of the record format; a pinned set of programs with another version is not taken over.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// Records start and end on multiples of this many bytes.
 pub const RECORD_ALIGN: u32 = 64;
 /// Bytes of the kernel's ring header in front of what a program reserves.
@@ -29,6 +29,12 @@ pub const RING_DISCARD_BIT: u32 = 1 << 30;
 /// The largest write whose bytes are copied into the ring; a larger one is a record without bytes.
 /// With its header it just fills a frame of the region (256 KiB).
 pub const INLINE_BYTES_MAX: u32 = 256 * 1024 - 64;
+/// The largest range whose bytes the agent reads for one record; a larger one is a gap.
+pub const FILLED_BYTES_MAX: u64 = 64 << 20;
+/// The largest extended state of an inode, as the agent tells it: a frame of the region.
+pub const EXTENDED_BYTES_MAX: u32 = 256 * 1024;
+/// Bytes of a page of a mapping (x86-64).
+pub const MAPPED_PAGE_BYTES: u64 = 4096;
 /// Longest file name (`NAME_MAX`).
 pub const NAME_BYTES_MAX: usize = 255;
 /// Longest symlink target (`PATH_MAX - 1`).
@@ -59,6 +65,9 @@ pub mod op {
     pub const FSYNC: u8 = 10;
     /// A change that was noticed and not captured: `arg` is a [`super::gap`] reason.
     pub const GAP: u8 = 11;
+    /// Extended attributes, ACLs, inode flags or the project changed. Without bytes: the agent fills in what
+    /// they have become, see `record::extended` in user space.
+    pub const EXTENDED: u8 = 12;
 }
 
 /// Failed write-backs that get a record of their own, with their inode, before the agent has looked.
@@ -81,6 +90,12 @@ pub mod flag {
     /// FSYNC: an earlier write-back of the inode failed, and its pages are clean all the same: the
     /// call's success proves nothing.
     pub const TAINTED: u8 = 1 << 4;
+    /// WRITE without data: the page at `pos`, `arg` bytes long, became writable through a shared mapping, so
+    /// that it can be changed without a record from here on. WRITE with data: what stands in such pages now.
+    pub const MAPPED: u8 = 1 << 5;
+    /// WRITE of an inode whose lock was not held: the file was at least `size_after` long. How long exactly
+    /// another record tells.
+    pub const SIZE_RAISES: u8 = 1 << 6;
 }
 
 /// Why a change could not be captured (`arg` of a GAP record, index of the gap counters).
@@ -175,6 +190,8 @@ pub mod control {
     pub const GATE_PROVEN_TO: usize = 27;
     /// Agent: 1 switches the gate off, for tests that show what happens without it.
     pub const GATE_OFF: usize = 28;
+    /// Agent: 1 refuses new shared writable mappings of the volume's files.
+    pub const MAPPINGS_REFUSED: usize = 29;
     /// Value of [`GATE_OPEN_TO`]: nothing waits.
     pub const GATE_OPEN: u64 = u64::MAX;
     /// Bit of [`STATE`]: all programs are attached and pinned.
@@ -352,6 +369,34 @@ pub mod held {
             (Some(position), Some(_)) if is_log_whole => position,
             (_, Some(end)) => end,
         }
+    }
+}
+
+/// How the agent asks the programs for a record of bytes that were stored through a mapping: by an ioctl
+/// that no file system knows, on the file.
+pub mod snapshot {
+    use super::MAPPED_PAGE_BYTES;
+
+    /// Its command.
+    pub const COMMAND: u32 = 0x0000_7457;
+    /// Most pages of one call.
+    pub const PAGES_MAX: u64 = PAGES_MASK;
+    const PAGES_BITS: u64 = 10;
+    const PAGES_MASK: u64 = (1 << PAGES_BITS) - 1;
+
+    /// Its argument, for `pages` of the file from `page` on.
+    #[must_use]
+    pub const fn argument(page: u64, pages: u64) -> u64 {
+        page << PAGES_BITS | pages & PAGES_MASK
+    }
+
+    /// Offset and bytes that an argument means.
+    #[must_use]
+    pub const fn range(argument: u64) -> (u64, u64) {
+        (
+            (argument >> PAGES_BITS) * MAPPED_PAGE_BYTES,
+            (argument & PAGES_MASK) * MAPPED_PAGE_BYTES,
+        )
     }
 }
 

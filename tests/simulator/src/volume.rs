@@ -1,8 +1,10 @@
 //! The mounted volume as replay sees it.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use twinwrite::ids::Identity;
+use twinwrite::record::extended::InodeFlags;
 use twinwrite::replay::plan::Kind;
 use twinwrite::replay::volume::{Stamp, Stat, Step, Volume, VolumeError};
 
@@ -89,6 +91,7 @@ impl Volume for Mounted<'_> {
             size: node.size_bytes(),
             mtime_ns: node.mtime_ns.value,
             born_ns: self.births.then_some(node.made as i64),
+            is_locked: false,
         }))
     }
 
@@ -234,6 +237,22 @@ impl Volume for Mounted<'_> {
             Some(mtime_ns) => self.change(&Mutation::Times { inode, mtime_ns }),
             None => Ok(()),
         }
+    }
+
+    fn attributes(&mut self, _: Identity) -> Step<BTreeMap<Vec<u8>, Vec<u8>>> {
+        Ok(BTreeMap::new())
+    }
+
+    fn set_attribute(&mut self, _: Identity, _: &[u8], _: Option<&[u8]>) -> Step<()> {
+        Err(error("attributes", libc::EOPNOTSUPP))
+    }
+
+    fn flags(&mut self, _: Identity) -> Step<Option<InodeFlags>> {
+        Ok(None)
+    }
+
+    fn set_flags(&mut self, _: Identity, _: InodeFlags) -> Step<()> {
+        Err(error("flags", libc::EOPNOTSUPP))
     }
 
     fn sync(&mut self) -> Step<()> {

@@ -1,4 +1,4 @@
-//! Reading from the page cache what eBPF could not copy, on a thread of its own.
+//! Reading what eBPF could not copy, from the page cache or from inodes, on a thread of its own.
 //!
 //! A read waits for the inode's lock, which a throttled writer may hold for seconds; meanwhile the
 //! records of all other files must go on. It must never be waited for.
@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::capture::{CacheRead, CaptureError, PageCache};
 use crate::ids::{Epoch, Identity, Seq};
+use crate::record::op;
 
 /// Bytes of a record that are to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub struct Wanted {
     pub epoch: Epoch,
     /// The record.
     pub seq: Seq,
+    /// WRITE: bytes of the file. EXTENDED: its extended state.
+    pub op: u8,
     /// Its inode.
     pub identity: Identity,
     /// Offset in the file.
@@ -87,6 +90,9 @@ impl Filler {
 }
 
 fn read(cache: &mut PageCache, wanted: &Wanted) -> Result<Vec<u8>, CaptureError> {
+    if wanted.op == op::EXTENDED {
+        return cache.extended(wanted.identity);
+    }
     let mut bytes = vec![0; wanted.len as usize];
     let got = match cache.read(wanted.identity, wanted.pos, &mut bytes)? {
         CacheRead::Bytes(got) => got,

@@ -18,6 +18,7 @@ mod gatekeeper;
 mod handler;
 mod keeper;
 mod ledger;
+mod mapper;
 mod mending;
 pub mod merge;
 mod node;

@@ -22,18 +22,19 @@ use super::filler::Filler;
 use super::fitness;
 use super::gate_probe;
 use super::gatekeeper::Gatekeeper;
+use super::mapper::Mapper;
 use super::node::Node;
 use super::pump::{Ended, events_lost};
 use super::relink;
 use super::watch;
 use crate::board::VolumeBoard;
 use crate::capture::{
-    Capture, CaptureOptions, Continuity, Filesystem, GapCounts, Need, RingConsumer, bpf_lsm_active,
-    calibrate, kernel_device, may_skip_hooks,
+    Capture, CaptureOptions, Continuity, DisabledHook, Filesystem, GapCounts, Need, RingConsumer,
+    bpf_lsm_active, calibrate, kernel_device, may_skip_hooks,
 };
 use crate::cluster::control::{Request, Response};
 use crate::cluster::ownership::is_claimed_by_peer;
-use crate::config::Volume;
+use crate::config::{MappingPolicy, Volume};
 use crate::durability::closing::Proven;
 use crate::ids::{Epoch, RingPos, Seq};
 use crate::link::Link;
@@ -74,6 +75,8 @@ pub struct Owner<'a> {
     capture: Capture,
     ring: RingConsumer,
     filler: Filler,
+    /// `None` where the programs cannot be asked for snapshots.
+    mapper: Option<Mapper>,
     gatekeeper: Gatekeeper,
     /// The gate was seen to hold, by this agent or the one before.
     gate_proven: bool,
@@ -144,6 +147,14 @@ impl<'a> Owner<'a> {
         }
         control.set(control::GATE_OFF, u64::from(gate_off));
         control.set(control::MAY_SKIP, u64::from(may_skip_hooks()));
+        let refuses_mappings = volume.mappings == MappingPolicy::Refuse;
+        anyhow::ensure!(
+            !refuses_mappings || can_refuse_mappings(&capture),
+            "volume {}: `mappings = \"refuse\"` needs the security hooks mmap_file and file_mprotect: boot \
+             with `bpf` in the lsm= list, or choose \"snapshot\"",
+            volume.name
+        );
+        control.set(control::MAPPINGS_REFUSED, u64::from(refuses_mappings));
         capture.watch_server();
         let gate = capture.take_gate().context("the maps of the gate")?;
         let gatekeeper = Gatekeeper::start(gate, capture.control().clone(), Arc::clone(&board))?;
@@ -168,6 +179,12 @@ impl<'a> Owner<'a> {
             board,
             ring: capture.consumer()?,
             filler: Filler::start(mount)?,
+            mapper: if bpf_lsm_active() {
+                let interval = duration(volume.mapping_snapshot_interval);
+                Some(Mapper::start(mount, interval)?)
+            } else {
+                None
+            },
             gatekeeper,
             gate_off,
             gate_proven: gate_off,
@@ -472,6 +489,11 @@ fn close_before_attaching(closer: &mut Closer<'_>, volume: &str) -> anyhow::Resu
         None => gates.open_gates(&Proven::without_sentinel()),
     }
     Ok(())
+}
+
+fn can_refuse_mappings(capture: &Capture) -> bool {
+    let is_missing = |disabled: &DisabledHook| disabled.hook.need == Need::RefusesMappings;
+    bpf_lsm_active() && !capture.disabled().iter().any(is_missing)
 }
 
 /// What this kernel does not even let be noticed.

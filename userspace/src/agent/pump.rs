@@ -6,6 +6,7 @@
 //! core cannot go on from ends the epoch with a reason; nothing is dropped in silence.
 
 mod doubt;
+mod mapped;
 mod outcome;
 mod parts;
 mod progress;
@@ -19,6 +20,7 @@ use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
 use super::clock::Clock;
 use super::filler::{Filler, Wanted};
 use super::gatekeeper::Gatekeeper;
+use super::mapper::Mapper;
 use crate::board::VolumeBoard;
 use crate::capture::{Control, GapCounts, RingConsumer, Woken};
 use crate::durability::checkpoint::{CheckpointPlanner, CheckpointReason, ENDING_GAPS};
@@ -26,9 +28,10 @@ use crate::durability::core::LiveLog;
 use crate::ids::{RingPos, Seq};
 use crate::link::{Body, Link, LinkError, Post, PostId, WINDOW_POSTS};
 use crate::mirror::core::{Action, MirrorCore, PostBody};
-use crate::record::{RecordMeta, Records};
+use crate::record::{RecordMeta, Records, op};
 use crate::region::scan::Tail;
 use doubt::Doubt;
+use mapped::tell_mapper;
 pub use outcome::{Ended, Standing, Turn};
 pub use parts::{Limits, Parts};
 use progress::{Peak, count};
@@ -47,6 +50,9 @@ pub struct Pump<'a> {
     ring: &'a mut RingConsumer,
     control: &'a Control,
     filler: &'a mut Filler,
+    mapper: Option<&'a Mapper>,
+    /// Gaps of mappings from before this pump, of which the mapper does not know.
+    mapped_before: u64,
     /// Bytes that were read, and the ring position behind every change they may show.
     filled: Option<(Wanted, Vec<u8>, RingPos)>,
     checkpointer: &'a mut Checkpointer,
@@ -120,6 +126,10 @@ impl<'a> Pump<'a> {
             .try_into()
             .unwrap_or(u64::MAX);
         let doubt = Doubt::new(parts.control, core.captured_end(), parts.left_unproven);
+        let mapped_before = parts.control.gaps()[gap::MAPPING];
+        if let Some(mapper) = parts.mapper {
+            mapper.begun();
+        }
         let mut planner = CheckpointPlanner::new(age_limit_us);
         // What was dirty before the epoch is nobody's record, so the epoch begins with one.
         planner.want(CheckpointReason::Requested);
@@ -131,6 +141,8 @@ impl<'a> Pump<'a> {
             ring: parts.ring,
             control: parts.control,
             filler: parts.filler,
+            mapper: parts.mapper,
+            mapped_before,
             filled: None,
             checkpointer: parts.checkpointer,
             gatekeeper: parts.gatekeeper,
@@ -200,6 +212,9 @@ impl<'a> Pump<'a> {
         }
         worked |= self.poll_link()?;
         worked |= self.see_fill()?;
+        if let Some(mapper) = self.mapper {
+            mapper.check()?;
+        }
         worked |= self.act()?;
         worked |= self.see_checkpoint()?;
         let purgeable = self.live.purgeable();
@@ -347,6 +362,9 @@ impl<'a> Pump<'a> {
             for meta in &self.metas {
                 seq = seq.next();
                 self.doubt.taken(meta);
+                if let Some(mapper) = self.mapper {
+                    tell_mapper(mapper, meta, seq);
+                }
                 if let Some(reason) = self.live.appended(seq, meta)? {
                     tracing::warn!(volume = %self.board.name, %seq, %reason, "a gap");
                     self.planner.want(CheckpointReason::Gap);
@@ -423,6 +441,7 @@ impl<'a> Pump<'a> {
             }
             Action::NeedFill {
                 seq,
+                op,
                 identity,
                 pos,
                 len,
@@ -432,6 +451,7 @@ impl<'a> Pump<'a> {
                 self.filler.ask(Wanted {
                     epoch,
                     seq,
+                    op,
                     identity,
                     pos,
                     len,
@@ -466,6 +486,11 @@ impl<'a> Pump<'a> {
         }
         let gone = bytes.len() < wanted.len as usize;
         let safe_at = self.core.captured_seq();
+        if wanted.op == op::WRITE
+            && let Some(mapper) = self.mapper
+        {
+            mapper.logged(wanted.identity, wanted.pos, &bytes, wanted.seq);
+        }
         self.core
             .filled(wanted.seq, wanted.fill_offset, bytes, gone, safe_at)?;
         self.board.fills.add(1);
@@ -482,7 +507,7 @@ impl<'a> Pump<'a> {
             .gap_checkpoint_at
             .is_none_or(|at| at.elapsed() >= GAP_CHECKPOINT_EVERY);
         // Also to settle them: see `proven`.
-        if self.control.gaps_settled() != Some(gaps) && rested {
+        if !self.is_settled(&gaps) && rested {
             self.planner.want(CheckpointReason::Gap);
         }
         if self.control.proofs_wanted() != self.proofs_at_checkpoint {
@@ -504,6 +529,9 @@ impl<'a> Pump<'a> {
             self.gap_checkpoint_at = Some(Instant::now());
         }
         tracing::debug!(volume = %self.board.name, seq = %checkpoint.seq, ?reason, "checkpoint begins");
+        if let Some(mapper) = self.mapper {
+            mapper.look();
+        }
         let mending = self.mending();
         if !self
             .checkpointer
@@ -556,6 +584,9 @@ impl<'a> Pump<'a> {
         self.core
             .checkpoint_mark(checkpoint.seq, self.clock.time_ns())?;
         self.live.checkpoint(checkpoint.seq)?;
+        if let Some(mapper) = self.mapper {
+            mapper.proven(checkpoint.seq);
+        }
         Ok(())
     }
 

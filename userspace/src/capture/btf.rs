@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use btf_rs::{Btf, BtfType, Struct, Type};
 
-use super::CaptureError;
+use super::{CaptureError, Filesystem};
 
 /// Where the kernel shows its types.
 pub(super) const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -68,12 +68,24 @@ const MEMBERS: &[Member] = &[
     ("RENAME_FLAGS", "renamedata", &["flags"]),
     ("MAPPING_HOST", "address_space", &["host"]),
     ("FAULT_VMA", "vm_fault", &["vma"]),
+    ("FAULT_PAGE", "vm_fault", &["pgoff"]),
+    ("FAULT_PAGE_STRUCT", "vm_fault", &["page"]),
+    ("PAGE_COMPOUND", "page", &["compound_head", "compound_info"]),
+    ("FOLIO_FLAGS", "folio", &["flags.f", "flags"]),
+    ("FOLIO_INDEX", "folio", &["index"]),
+    // Since Linux 6.6 the lowest byte of the second page's flags.
+    ("FOLIO_ORDER", "folio", &["_folio_order", "_flags_1"]),
     ("VMA_FILE", "vm_area_struct", &["vm_file"]),
+    ("VMA_FLAGS", "vm_area_struct", &["vm_flags"]),
     ("DIO_IOCB", "iomap_dio", &["iocb"]),
     ("DIO_FLAGS", "iomap_dio", &["flags"]),
+    ("DIO_ERROR", "iomap_dio", &["error"]),
+    ("DIO_BYTES", "iomap_dio", &["size"]),
+    ("KIOCB_COMPLETION", "kiocb", &["ki_complete"]),
     ("FILE_FLAGS", "file", &["f_flags"]),
     ("FILE_DENTRY", "file", &["f_path.dentry", "__f_path.dentry"]),
     ("SB_MAGIC", "super_block", &["s_magic"]),
+    ("SB_FLAGS", "super_block", &["s_flags"]),
     ("INODE_LOCK", "inode", &["i_rwsem.count.counter"]),
     ("INODE_DIRECT_WRITERS", "inode", &["i_dio_count.counter"]),
     ("TASK_FLAGS", "task_struct", &["flags"]),
@@ -103,6 +115,7 @@ const MEMBERS: &[Member] = &[
     ("TABLE_MAX", "fdtable", &["max_fds"]),
     ("TABLE_FILES", "fdtable", &["fd"]),
     ("REGS_NUMBER", "pt_regs", &["orig_ax"]),
+    ("REGS_RESULT", "pt_regs", &["ax"]),
     ("REGS_FIRST", "pt_regs", &["di"]),
     ("REGS_FOURTH", "pt_regs", &["r10"]),
     ("REGS_COMPAT_FIRST", "pt_regs", &["bx"]),
@@ -112,10 +125,42 @@ const MEMBERS: &[Member] = &[
 /// As [`MEMBERS`], but a kernel may be built without them: their programs are then refused.
 const OPTIONAL_MEMBERS: &[Member] = &[("INODE_DEFAULT_ACL", "inode", &["i_default_acl"])];
 
+/// Where a directory's inode has the flags that it hands on, which programs reach from its VFS inode: structure,
+/// its VFS inode, the flags, and which of them are handed on.
+struct HandedOn {
+    module: &'static str,
+    structure: &'static str,
+    inode: &'static str,
+    flags: &'static str,
+    mask: u64,
+}
+
+fn handed_on(filesystem: Filesystem) -> HandedOn {
+    match filesystem {
+        Filesystem::Ext4 => HandedOn {
+            module: "ext4",
+            structure: "ext4_inode_info",
+            inode: "vfs_inode",
+            flags: "i_flags",
+            // `EXT4_FL_INHERITED` (fs/ext4/ext4.h).
+            mask: 0x6201_c4cf,
+        },
+        Filesystem::Xfs => HandedOn {
+            module: "xfs",
+            structure: "xfs_inode",
+            inode: "i_vnode",
+            flags: "i_diflags",
+            // All of `xfs_inode_inherit_flags` (fs/xfs), 16 bits.
+            mask: 0xffff,
+        },
+    }
+}
+
 /// Globals that are enum values: name, enum, value's name.
 const VALUES: &[(&str, &str, &str)] = &[
     ("ITER_UBUF", "iter_type", "ITER_UBUF"),
     ("ITER_IOVEC", "iter_type", "ITER_IOVEC"),
+    ("PAGE_IS_HEAD", "pageflags", "PG_head"),
 ];
 
 /// A global of the eBPF side, and its value.
@@ -134,6 +179,30 @@ pub(super) fn running_globals() -> Result<&'static [Setting], CaptureError> {
     }
     let globals = KernelTypes::read()?.globals()?;
     Ok(RUNNING.get_or_init(|| globals))
+}
+
+/// The globals that tell where a directory has the flags that it hands on, from the types of the file system's
+/// module; `None` if the kernel does not show them.
+pub(super) fn handed_on_globals(filesystem: Filesystem) -> Option<[Setting; 2]> {
+    let HandedOn {
+        module,
+        structure,
+        inode,
+        flags,
+        mask,
+    } = handed_on(filesystem);
+    let kernel = KernelTypes::read().ok()?;
+    let types = match std::fs::read(Path::new("/sys/kernel/btf").join(module)) {
+        Ok(bytes) => KernelTypes {
+            btf: Btf::from_split_bytes(&bytes, &kernel.btf).ok()?,
+        },
+        // Built into the kernel.
+        Err(_) => kernel,
+    };
+    let from_inode = types
+        .offset(structure, flags)?
+        .wrapping_sub(types.offset(structure, inode)?);
+    Some([("FLAGS_FROM_INODE", from_inode), ("FLAGS_HANDED_ON", mask)])
 }
 
 /// Keeps what [`running_globals`] would find.
@@ -201,6 +270,8 @@ impl KernelTypes {
         }
         let linkable = self.enum_value("inode_state_flags_enum", "I_LINKABLE");
         globals.push(("I_LINKABLE", linkable.unwrap_or(I_LINKABLE_MACRO)));
+        let by_dentry = self.takes("set_posix_acl", 1, "dentry");
+        globals.push(("ACL_BY_DENTRY", u64::from(by_dentry)));
         Ok(globals)
     }
 
@@ -210,6 +281,25 @@ impl KernelTypes {
         self.btf
             .resolve_types_by_name(name)
             .is_ok_and(|types| types.iter().any(|t| matches!(t, Type::Func(_))))
+    }
+
+    /// Whether an argument of a function is a pointer to this structure.
+    fn takes(&self, function: &str, argument: usize, structure: &str) -> bool {
+        let types = self.btf.resolve_types_by_name(function).unwrap_or_default();
+        let prototypes = types.iter().filter_map(|found| match found {
+            Type::Func(function) => self.btf.resolve_chained_type(function).ok(),
+            _ => None,
+        });
+        prototypes
+            .filter_map(|prototype| match prototype {
+                Type::FuncProto(prototype) => prototype.parameters.get(argument).cloned(),
+                _ => None,
+            })
+            .any(|parameter| {
+                let pointed = self.btf.chained_type_iter(&parameter).last();
+                matches!(pointed, Some(Type::Struct(found))
+                    if self.btf.resolve_name(&found).is_ok_and(|name| name == structure))
+            })
     }
 
     /// Whether the kernel has a type name of this name, as each tracepoint has one.

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::ids::Identity;
+use crate::record::extended::ExtendedError;
+
 /// Why capture does not work; each text names the thing and, where there is one, the remedy.
 #[derive(Debug, Error)]
 pub enum CaptureError {
@@ -56,6 +59,14 @@ pub enum CaptureError {
         what: String,
         /// The system's error.
         source: io::Error,
+    },
+    /// The extended state of an inode cannot be mirrored.
+    #[error("inode {identity}: {source}; a checkpoint covers it")]
+    Extended {
+        /// The inode.
+        identity: Identity,
+        /// Why.
+        source: ExtendedError,
     },
     /// The configuration asks for something impossible.
     #[error("{0}")]

@@ -9,7 +9,10 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
+use twinwrite_abi::snapshot;
+
 use crate::ids::Identity;
+use crate::record::extended::InodeFlags;
 
 /// `MAX_HANDLE_SZ` of the kernel.
 const HANDLE_BYTES_MAX: usize = 128;
@@ -168,6 +171,20 @@ fn name_to_handle(fd: impl AsFd, name: &CStr, flags: i32) -> io::Result<Identity
     handle.identity()
 }
 
+/// Asks the programs for a record of `pages` of an open file from number `first` on. Where they are not
+/// attached nothing happens: the file system does not know the call.
+pub fn ask_for_snapshot(fd: impl AsFd, first: u64, pages: u64) {
+    let argument = snapshot::argument(first, pages);
+    // SAFETY: the command is unknown to every file system, so nobody takes the argument for an address.
+    let _ = unsafe {
+        libc::ioctl(
+            fd.as_fd().as_raw_fd(),
+            libc::c_ulong::from(snapshot::COMMAND),
+            argument,
+        )
+    };
+}
+
 /// A file's quota project.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Project {
@@ -180,7 +197,7 @@ pub struct Project {
 
 /// `struct fsxattr` of the kernel.
 #[repr(C)]
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Attributes {
     flags: u32,
     extent_bytes: u32,
@@ -196,6 +213,9 @@ const PROJECT_PASSED_ON: u32 = 0x200;
 mod ioctl {
     nix::ioctl_read!(get_attributes, b'X', 31, super::Attributes);
     nix::ioctl_write_ptr!(set_attributes, b'X', 32, super::Attributes);
+    // Declared with a long; the kernel reads and writes an int (ioctl_getflags, fs/ioctl.c).
+    nix::ioctl_read!(get_flags, b'f', 1, libc::c_long);
+    nix::ioctl_write_ptr!(set_flags, b'f', 2, libc::c_long);
 }
 
 fn attributes_of(fd: impl AsFd) -> io::Result<Attributes> {
@@ -217,11 +237,84 @@ pub fn project_of(fd: impl AsFd) -> io::Result<Project> {
             number: attributes.project,
             passed_on: attributes.flags & PROJECT_PASSED_ON != 0,
         }),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EOPNOTSUPP)) => {
-            Ok(Project::default())
-        }
+        Err(error) if has_no_flags(&error) => Ok(Project::default()),
         Err(error) => Err(error),
     }
+}
+
+/// Flags and project of a regular file or directory (not `O_PATH`); `None` where the file system has no
+/// such thing.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn flags_of(fd: impl AsFd) -> io::Result<Option<InodeFlags>> {
+    let attributes = match attributes_of(&fd) {
+        Ok(attributes) => attributes,
+        Err(error) if has_no_flags(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(Some(InodeFlags {
+        flags: settable_flags_of(&fd)?,
+        xflags: attributes.flags,
+        extent_bytes: attributes.extent_bytes,
+        project: attributes.project,
+        copy_extent_bytes: attributes.copy_extent_bytes,
+    }))
+}
+
+/// Flags of `FS_IOC_SETFLAGS` that people set (include/uapi/linux/fs.h): secure deletion, undelete,
+/// compression, synchronous, immutable, append-only, no dump, no access times, data journaling, no tail
+/// merging, synchronous directory, top of hierarchies, no copy on write. All others are the file system's.
+const SETTABLE_FLAGS: u32 = 0x0083_c0ff;
+/// Flags of `FS_IOC_FSSETXATTR` that `FS_IOC_SETFLAGS` has no word for (include/uapi/linux/fs.h): inherited
+/// hints, no symlinks, no defragmentation, file streams, extent size hints, project.
+const SETTABLE_XFLAGS: u32 = 0x0001_7e00;
+
+/// Makes flags and project so; what people cannot set stays as it is.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn set_flags(fd: impl AsFd, wanted: InodeFlags) -> io::Result<()> {
+    let now = attributes_of(&fd)?;
+    let told = Attributes {
+        flags: (now.flags & !SETTABLE_XFLAGS) | (wanted.xflags & SETTABLE_XFLAGS),
+        extent_bytes: wanted.extent_bytes,
+        project: wanted.project,
+        copy_extent_bytes: wanted.copy_extent_bytes,
+        ..now
+    };
+    if now != told {
+        // An immutable inode takes nothing else; `then` below locks it again if it is to be.
+        let told = Attributes {
+            flags: told.flags & !InodeFlags::EXTENDED_LOCKS,
+            ..told
+        };
+        // SAFETY: FS_IOC_FSSETXATTR reads one `struct fsxattr`, which `told` is, and the kernel keeps no
+        // pointer after the call.
+        unsafe { ioctl::set_attributes(fd.as_fd().as_raw_fd(), &raw const told) }?;
+    }
+    let now = settable_flags_of(&fd)?;
+    let then = (now & !SETTABLE_FLAGS) | (wanted.flags & SETTABLE_FLAGS);
+    if now != then {
+        let flags = libc::c_long::from(then);
+        // SAFETY: FS_IOC_SETFLAGS reads an int, the low half of `flags` on this machine, and the kernel
+        // keeps no pointer after the call.
+        unsafe { ioctl::set_flags(fd.as_fd().as_raw_fd(), &raw const flags) }?;
+    }
+    Ok(())
+}
+
+/// What `FS_IOC_GETFLAGS` tells.
+fn settable_flags_of(fd: impl AsFd) -> io::Result<u32> {
+    let mut flags: libc::c_long = 0;
+    // SAFETY: FS_IOC_GETFLAGS writes an int, for which `flags` has room, and the kernel keeps no pointer
+    // after the call.
+    unsafe { ioctl::get_flags(fd.as_fd().as_raw_fd(), &raw mut flags) }?;
+    Ok(flags as u32)
+}
+
+fn has_no_flags(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EOPNOTSUPP))
 }
 
 /// Sets the quota project of a regular file or directory (not `O_PATH`).

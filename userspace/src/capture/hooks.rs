@@ -1,6 +1,8 @@
 //! The table of hooks: which program hangs on which kernel function, and what is lost without it.
 //!
-//! A row's index is a bit in a pinned word, so rows are only appended between releases.
+//! A row's index is a bit in a pinned word, so rows are only appended between releases. Rows are attached in
+//! their order: where two hooks note begin and end of a call, the end comes first, or a call that began
+//! between the two would be under way for ever.
 
 use twinwrite_abi::gap;
 
@@ -21,6 +23,8 @@ pub enum Need {
     KeepsHeld,
     /// Without it the kernel's NFS server answers too early.
     HoldsReplies,
+    /// Without it the policy that refuses shared writable mappings cannot be carried out.
+    RefusesMappings,
     /// Without it a thread that polls an io_uring in user mode may see an answer before the gate has let
     /// it pass; each is noted as a gap.
     StopsPolling,
@@ -89,31 +93,38 @@ pub const HOOKS: &[Hook] = &[
     hook("sync_fsync32_exit", Kind::Exit, "__ia32_sys_fsync", Need::Covered),
     hook("sync_fdatasync32_enter", Kind::Entry, "__ia32_sys_fdatasync", Need::Covered),
     hook("sync_fdatasync32_exit", Kind::Exit, "__ia32_sys_fdatasync", Need::Covered),
-    hook("gap_fallocate", Kind::Exit, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
-    hook("gap_remap_begin", Kind::Exit, "generic_remap_file_range_prep", Need::Notices(gap::REMAP)),
-    hook("gap_remap_clone", Kind::Exit, "vfs_clone_file_range", Need::Notices(gap::REMAP)),
-    hook("gap_remap_copy", Kind::Exit, "vfs_copy_file_range", Need::Notices(gap::REMAP)),
-    hook("gap_mapping", Kind::Exit, "do_page_mkwrite", Need::Notices(gap::MAPPING)),
-    hook("gap_direct_io", Kind::Entry, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
-    hook("gap_direct_io_end", Kind::Exit, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
-    hook("gap_xattr_set", Kind::Exit, "__vfs_setxattr_noperm", Need::Notices(gap::XATTR)),
-    hook("gap_xattr_remove", Kind::Exit, "__vfs_removexattr_locked", Need::Notices(gap::XATTR)),
-    hook("gap_xattr_drop", Kind::Exit, "__vfs_removexattr", Need::Notices(gap::XATTR)),
-    hook("gap_acl_inherit", Kind::Exit, "posix_acl_create", Need::Notices(gap::XATTR)),
-    hook("gap_acl_set", Kind::Exit, "vfs_set_acl", Need::Covered),
-    hook("gap_acl_remove", Kind::Exit, "vfs_remove_acl", Need::Covered),
-    hook("gap_flags", Kind::Exit, "vfs_fileattr_set", Need::Notices(gap::IOCTL)),
+    hook("space_fallocate", Kind::Exit, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
+    hook("space_fallocate_begin", Kind::Entry, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
+    hook("space_remap_clone", Kind::Exit, "vfs_clone_file_range", Need::Notices(gap::REMAP)),
+    hook("space_remap_copy", Kind::Exit, "vfs_copy_file_range", Need::Notices(gap::REMAP)),
+    hook("space_remap_copy_up", Kind::Exit, "do_clone_file_range", Need::Covered),
+    hook("space_remap_begin", Kind::Exit, "generic_remap_file_range_prep", Need::Notices(gap::REMAP)),
+    hook("mapping_writable", Kind::Exit, "do_page_mkwrite", Need::Notices(gap::MAPPING)),
+    hook("direct_end", Kind::Exit, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
+    hook("direct_end_begin", Kind::Entry, "iomap_dio_complete", Need::Notices(gap::DIRECT_IO)),
+    hook("extended_set", Kind::Exit, "__vfs_setxattr_noperm", Need::Notices(gap::XATTR)),
+    hook("extended_remove", Kind::Exit, "__vfs_removexattr_locked", Need::Notices(gap::XATTR)),
+    hook("extended_drop", Kind::Exit, "__vfs_removexattr", Need::Notices(gap::XATTR)),
+    hook("extended_acl", Kind::Exit, "set_posix_acl", Need::Notices(gap::XATTR)),
+    hook("extended_acl_set", Kind::Exit, "vfs_set_acl", Need::Covered),
+    hook("extended_acl_set_begin", Kind::Entry, "vfs_set_acl", Need::Covered),
+    hook("extended_acl_remove", Kind::Exit, "vfs_remove_acl", Need::Covered),
+    hook("extended_acl_remove_begin", Kind::Entry, "vfs_remove_acl", Need::Covered),
+    hook("extended_flags", Kind::Exit, "vfs_fileattr_set", Need::Notices(gap::IOCTL)),
+    hook("extended_flags_begin", Kind::Entry, "vfs_fileattr_set", Need::Notices(gap::IOCTL)),
     hook("gap_whiteout", Kind::Exit, "vfs_rename", Need::Notices(gap::WHITEOUT)),
     hook("gap_ioctl", Kind::Lsm, "file_ioctl", Need::Notices(gap::IOCTL)),
+    hook("gap_ioctl_compat", Kind::Lsm, "file_ioctl_compat", Need::Covered),
     hook("writeback_error", Kind::Tracepoint, "filemap_set_wb_err", Need::Always),
     hook("gate_exit", Kind::Tracepoint, "sys_exit", Need::Always),
     hook("gate_kill", Kind::Lsm, "task_kill", Need::KeepsHeld),
     hook("gate_continued", Kind::Tracepoint, "signal_generate", Need::Always),
-    hook("gap_fallocate_begin", Kind::Entry, "vfs_fallocate", Need::Notices(gap::FALLOCATE)),
     hook("gate_reply", Kind::Lsm, "socket_sendmsg", Need::HoldsReplies),
     hook("gate_server_metadata", Kind::ModuleTracepoint, "ext4_nfs_commit_metadata", Need::HoldsReplies),
     hook("gate_tick", Kind::Tracepoint, "hrtimer_expire_exit", Need::StopsPolling),
-    hook("gap_direct_io_begin", Kind::Entry, "invalidate_inode_pages2_range", Need::Covered),
+    hook("mapping_refuse", Kind::Lsm, "mmap_file", Need::RefusesMappings),
+    hook("mapping_refuse_upgrade", Kind::Lsm, "file_mprotect", Need::RefusesMappings),
+    hook("direct_submit", Kind::Entry, "invalidate_inode_pages2_range", Need::Covered),
 ];
 
 const _: () = assert!(HOOKS.len() <= 64);

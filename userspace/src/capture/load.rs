@@ -18,12 +18,13 @@ use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use twinwrite_abi::{ABI_VERSION, control};
 
-use super::btf::{KERNEL_BTF, running_globals};
+use super::btf::{KERNEL_BTF, handed_on_globals, running_globals};
 use super::control::Control;
 use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
 use super::host::{self, HostLock};
 use super::object::{fingerprint, object};
+use super::probe;
 use super::server;
 use super::sys::program_by_id;
 use super::{CaptureError, CaptureOptions};
@@ -368,6 +369,13 @@ fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
         loader.override_global(name, value, true);
     }
     loader.override_global("TARGET_DEV", &device, true);
+    let handed_on = handed_on_globals(options.filesystem);
+    for (name, value) in handed_on.iter().flatten() {
+        loader.override_global(name, value, true);
+    }
+    // Where nobody knows what a directory hands on, it may always be something.
+    let is_always_told = u64::from(probe::labels_what_is_made() || handed_on.is_none());
+    loader.override_global("STATE_OF_NEW", &is_always_told, true);
     loader.map_max_entries("RING", options.ring_bytes);
     for (name, path) in host::pins()? {
         loader.map_pin_path(name, path);
@@ -416,6 +424,7 @@ fn attach_all(
                     | Need::Covered
                     | Need::KeepsHeld
                     | Need::HoldsReplies
+                    | Need::RefusesMappings
                     | Need::StopsPolling => false,
                 };
                 if essential {

@@ -13,6 +13,7 @@ mod calibrate;
 mod continuity;
 mod control;
 mod error;
+pub mod extended;
 mod gate;
 pub mod handle;
 mod hooks;

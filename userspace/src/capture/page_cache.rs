@@ -13,7 +13,7 @@ use std::path::Path;
 
 use nix::unistd::{Whence, lseek};
 
-use super::{CaptureError, handle};
+use super::{CaptureError, extended, handle};
 use crate::ids::Identity;
 
 /// Inode number and generation of what `path` names (a symlink itself, not its target).
@@ -113,6 +113,49 @@ impl PageCache {
         let _ = lseek(&file, 0, Whence::SeekHole);
         self.last = Some((identity, file));
         Ok(CacheRead::Bytes(done))
+    }
+
+    /// The extended state that the inode has now, as an EXTENDED record is filled with it; nothing if the
+    /// inode is gone.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`], [`CaptureError::Extended`].
+    pub fn extended(&self, identity: Identity) -> Result<Vec<u8>, CaptureError> {
+        let state = extended::read(&self.mount, identity).map_err(|source| {
+            CaptureError::system(
+                format!("reading the attributes of inode {identity}"),
+                source,
+            )
+        })?;
+        let Some(state) = state else {
+            return Ok(Vec::new());
+        };
+        state
+            .encode()
+            .map_err(|source| CaptureError::Extended { identity, source })
+    }
+
+    /// Asks the programs for a record of what `pages` of the file from number `first` on have become; the file
+    /// of the read before is asked through its descriptor.
+    ///
+    /// # Errors
+    /// [`CaptureError::System`].
+    pub fn ask_for_snapshot(
+        &mut self,
+        identity: Identity,
+        first: u64,
+        pages: u64,
+    ) -> Result<(), CaptureError> {
+        let file = match self.last.take() {
+            Some((last, file)) if last == identity => file,
+            _ => match self.open_by_identity(identity)? {
+                Some(file) => file,
+                None => return Ok(()),
+            },
+        };
+        handle::ask_for_snapshot(&file, first, pages);
+        self.last = Some((identity, file));
+        Ok(())
     }
 
     /// Lets go of the file of the read before, which otherwise stays open (and its space used, if

@@ -118,6 +118,10 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
                 false,
                 "the kernel's NFS server answers before the gate on this kernel".to_owned(),
             ),
+            Need::RefusesMappings => (
+                false,
+                "`mappings = \"refuse\"` cannot be carried out on this kernel".to_owned(),
+            ),
             Need::StopsPolling => (
                 false,
                 "who polls an io_uring in user mode may see an answer too early; each ends the epoch"
@@ -201,13 +205,28 @@ fn has_symbol(name: &str) -> bool {
 /// looked at once.
 #[must_use]
 pub fn bpf_lsm_active() -> bool {
-    static ACTIVE: std::sync::LazyLock<bool> = std::sync::LazyLock::new(is_bpf_in_lsm_list);
+    static ACTIVE: std::sync::LazyLock<bool> =
+        std::sync::LazyLock::new(|| is_any_in_lsm_list(&["bpf"]) == Some(true));
     *ACTIVE
 }
 
-fn is_bpf_in_lsm_list() -> bool {
-    fs::read_to_string("/sys/kernel/security/lsm")
-        .is_ok_and(|text| text.trim().split(',').any(|lsm| lsm == "bpf"))
+/// Whether a security module gives what is made a label, kept in an extended attribute
+/// (`inode_init_security`).
+pub(super) fn labels_what_is_made() -> bool {
+    static LABELS: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        // A list that cannot be read may have them.
+        let has_labels = is_any_in_lsm_list(&["selinux", "smack"]).unwrap_or(true);
+        // EVM is in every list since Linux 6.9, and writes nothing before it has a key.
+        let evm = fs::read_to_string("/sys/kernel/security/evm").unwrap_or_default();
+        has_labels || !matches!(evm.trim(), "" | "0")
+    });
+    *LABELS
+}
+
+/// `None` if the list cannot be read.
+fn is_any_in_lsm_list(names: &[&str]) -> Option<bool> {
+    let list = fs::read_to_string("/sys/kernel/security/lsm").ok()?;
+    Some(list.trim().split(',').any(|lsm| names.contains(&lsm)))
 }
 
 fn is_bpffs(path: &Path) -> bool {

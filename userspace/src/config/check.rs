@@ -246,6 +246,10 @@ fn check_volume(findings: &mut Findings, volume: &Volume, nodes: &[Node]) {
     });
     findings.positive(&key("checkpoint_age"), volume.checkpoint_age);
     findings.positive(&key("lag_limit"), volume.lag_limit);
+    findings.positive(
+        &key("mapping_snapshot_interval"),
+        volume.mapping_snapshot_interval,
+    );
     check_command(
         findings,
         &key("serve_command"),

@@ -131,6 +131,18 @@ pub struct LiveLog {
     gapped: bool,
 }
 
+/// How many bytes of the inode's content a record tells of: also those that are stored only later, through a
+/// mapping.
+fn changed_bytes(meta: &RecordMeta) -> u32 {
+    match (meta.op, meta.data_len) {
+        (op::WRITE, 0) if meta.flags & flag::MAPPED != 0 => {
+            u32::try_from(meta.arg).unwrap_or(u32::MAX)
+        }
+        (op::WRITE, bytes) => bytes,
+        _ => 0,
+    }
+}
+
 impl LiveLog {
     /// A log whose records from `first` on are not purged and which goes on with `next`; the two are
     /// equal for a new epoch, and come from the region's head and end after a restart.
@@ -168,7 +180,7 @@ impl LiveLog {
         let identity = meta.identity;
         let need = match meta.op {
             op::FSYNC | op::GAP => Need::Nothing,
-            op::WRITE | op::SETATTR => Need::FullMark,
+            op::WRITE | op::SETATTR | op::EXTENDED => Need::FullMark,
             op::TMPFILE => Need::Tmpfile,
             _ => Need::Checkpoint,
         };
@@ -200,11 +212,7 @@ impl LiveLog {
             identity,
             need,
             pos: meta.pos,
-            data_len: if meta.op == op::WRITE {
-                meta.data_len
-            } else {
-                0
-            },
+            data_len: changed_bytes(meta),
         });
         if meta.op == op::FSYNC {
             self.fsync_mark(

@@ -7,4 +7,5 @@
 pub mod checkpoint;
 pub mod closing;
 pub mod core;
+pub mod mapped;
 pub mod taint;

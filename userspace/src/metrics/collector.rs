@@ -15,7 +15,7 @@ use twinwrite_abi::{gap, op};
 use crate::board::{Board, Buckets, Gauge, LATENCY_BOUNDS_SECONDS, VolumeBoard};
 use crate::status::{PeerState, Protection, Role};
 
-const OPERATION_NAMES: [(u8, &str); 11] = [
+const OPERATION_NAMES: [(u8, &str); 12] = [
     (op::WRITE, "write"),
     (op::CREATE, "create"),
     (op::LINK, "link"),
@@ -27,6 +27,7 @@ const OPERATION_NAMES: [(u8, &str); 11] = [
     (op::SYMLINK, "symlink"),
     (op::FSYNC, "fsync"),
     (op::GAP, "gap"),
+    (op::EXTENDED, "extended"),
 ];
 const PROTECTIONS: [(Protection, &str); 4] = [
     (Protection::Protected, "protected"),
@@ -106,7 +107,7 @@ impl Family<'_, '_> {
 type Read = fn(&VolumeBoard) -> f64;
 type Count = fn(&VolumeBoard) -> u64;
 
-const GAUGES: [(&str, &str, Option<Unit>, Read); 15] = [
+const GAUGES: [(&str, &str, Option<Unit>, Read); 17] = [
     ("epoch", "Running or last epoch of the volume", None, |v| {
         v.epoch.get() as f64
     }),
@@ -172,6 +173,18 @@ const GAUGES: [(&str, &str, Option<Unit>, Read); 15] = [
         "Age of the oldest unflushed record",
         Some(Unit::Seconds),
         |v| v.oldest_unflushed_age_us.get() as f64 / 1e6,
+    ),
+    (
+        "mapped_pages",
+        "Pages that may be changed through shared mappings, and are looked at for that",
+        None,
+        |v| v.mapped_pages.get() as f64,
+    ),
+    (
+        "mapped_look_age",
+        "Time since these pages were looked at: what was stored since is in no record",
+        Some(Unit::Seconds),
+        |v| v.mapped_age_us.get() as f64 / 1e6,
     ),
     (
         "proof_age",

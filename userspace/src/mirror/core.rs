@@ -26,7 +26,7 @@ use thiserror::Error;
 
 use crate::ids::{Epoch, Identity, Lsn, RingPos, Seq};
 use crate::link::PostId;
-use crate::record::RecordMeta;
+use crate::record::{RecordMeta, op};
 use crate::region::layout::{CheckpointMark, FRAME_BODY_BYTES_MAX, LOG_BYTES_MIN};
 use crate::region::scan::{LogEnd, Tail};
 use fill::{OpenFill, UnsafeFills};
@@ -53,11 +53,13 @@ pub enum Action {
         /// What it is, for logs and metrics.
         kind: PostKind,
     },
-    /// Read these bytes of the file from the page cache, then take all committed records from the
+    /// Read these bytes of the file from the page cache, or of its extended state, then take all committed records from the
     /// ring, then call [`MirrorCore::filled`].
     NeedFill {
         /// The record that lacks bytes.
         seq: Seq,
+        /// WRITE or EXTENDED: what is to be read.
+        op: u8,
         /// Its inode.
         identity: Identity,
         /// Offset in the file.
@@ -526,7 +528,8 @@ impl MirrorCore {
 
 /// What a record costs on the wire: its span, and its bytes if they come later.
 fn weight(record: &RecordMeta) -> u64 {
-    let later = if record.needs_fill() {
+    // How much an extended state takes is known when it is read; it is little.
+    let later = if record.needs_fill() && record.op == op::WRITE {
         record.data_len
     } else {
         0

@@ -2,8 +2,8 @@
 
 use thiserror::Error;
 use twinwrite_abi::{
-    AttrBody, NAME_BYTES_MAX, NameBody, RECORD_ALIGN, RING_BUSY_BIT, RING_DISCARD_BIT,
-    RING_HEADER_BYTES, RecordHeader, TARGET_BYTES_MAX, flag, op,
+    AttrBody, EXTENDED_BYTES_MAX, NAME_BYTES_MAX, NameBody, RECORD_ALIGN, RING_BUSY_BIT,
+    RING_DISCARD_BIT, RING_HEADER_BYTES, RecordHeader, TARGET_BYTES_MAX, flag, op,
 };
 use zerocopy::FromBytes;
 
@@ -133,6 +133,14 @@ impl<'a> RecordView<'a> {
                 }
             }
             op::SETATTR => need = size_of::<AttrBody>(),
+            op::EXTENDED => {
+                if h.flags & flag::NO_BYTES == 0 {
+                    return field("flags", h.flags.into());
+                }
+                if h.data_len != EXTENDED_BYTES_MAX {
+                    return field("data_len", h.data_len.into());
+                }
+            }
             op::FSYNC | op::GAP => {}
             other => return field("op", other.into()),
         }
@@ -176,7 +184,8 @@ impl<'a> RecordView<'a> {
     /// Whether the bytes must come from a FILL frame.
     #[must_use]
     pub fn needs_fill(&self) -> bool {
-        self.header.op == op::WRITE && self.header.flags & flag::NO_BYTES != 0
+        matches!(self.header.op, op::WRITE | op::EXTENDED)
+            && self.header.flags & flag::NO_BYTES != 0
     }
 
     /// The bytes of a WRITE that carries them; empty for one that does not.

@@ -46,10 +46,10 @@ impl RecordMeta {
         }
     }
 
-    /// Whether its bytes must be read from the page cache and follow in FILL frames.
+    /// Whether its bytes must be read by the agent and follow in FILL frames.
     #[must_use]
     pub fn needs_fill(&self) -> bool {
-        self.op == op::WRITE && self.flags & flag::NO_BYTES != 0
+        matches!(self.op, op::WRITE | op::EXTENDED) && self.flags & flag::NO_BYTES != 0
     }
 
     /// Where the next record begins.

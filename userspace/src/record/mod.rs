@@ -7,6 +7,7 @@
 
 mod decode;
 pub mod encode;
+pub mod extended;
 mod meta;
 #[cfg(test)]
 mod tests;

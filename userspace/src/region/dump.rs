@@ -72,6 +72,7 @@ fn op_name(value: u8) -> &'static str {
         op::SYMLINK => "symlink",
         op::FSYNC => "fsync",
         op::GAP => "gap",
+        op::EXTENDED => "extended",
         _ => "unknown",
     }
 }
@@ -185,6 +186,10 @@ fn record_json(record: &ScannedRecord<'_>) -> Value {
             op::SETATTR => {
                 map.insert("valid".into(), h.arg.into());
             }
+            op::EXTENDED => {
+                let bytes: u64 = record.payload().map(|part| u64::from(part.len)).sum();
+                map.insert("bytes_in_log".into(), bytes.into());
+            }
             _ => {
                 map.insert("parent_ino".into(), record.view.parent().ino.into());
                 map.insert("name".into(), text(record.view.name()).into());
@@ -297,6 +302,7 @@ fn record_line(record: &ScannedRecord<'_>) -> String {
         op::WRITE => format!("{} bytes at {}, size {}", h.data_len, h.pos, h.size_after),
         op::FSYNC => format!("bytes {} to {}", h.pos, h.size_after),
         op::GAP => gap_name(h.arg).to_owned(),
+        op::EXTENDED => "extended attributes, flags and project".to_owned(),
         op::SETATTR => format!(
             "valid {:#x}, mode {:o}, size {}",
             h.arg, h.mode, h.size_after

@@ -136,6 +136,8 @@ pub struct LogEnd {
 pub struct PendingFill {
     /// The record.
     pub seq: Seq,
+    /// WRITE: bytes of the file are missing. EXTENDED: its extended state.
+    pub op: u8,
     /// Its inode.
     pub identity: Identity,
     /// Offset of its data in the file.

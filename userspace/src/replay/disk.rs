@@ -3,6 +3,7 @@
 //! Files are reached by handle, never by path; names are used only within a directory that was
 //! reached by handle. It must never follow a symlink or leave the mounted file system.
 
+use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
@@ -12,14 +13,16 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, Dir, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, StatxFlags, Timespec,
-    Timestamps, UTIME_OMIT, Uid, XattrFlags,
+    AtFlags, Dir, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, StatxAttributes,
+    StatxFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags,
 };
 
 use super::plan::Kind;
 use super::volume::{Stamp, Stat, Step, Volume, VolumeError};
+use crate::capture::extended;
 use crate::capture::handle::{self, Project};
 use crate::ids::{Epoch, Identity};
+use crate::record::extended::{InodeFlags, VALUE_BYTES_MAX};
 
 /// Holds the [`Stamp`] of an inode that replay made: `epoch ino generation` in decimal.
 pub const STAMP_ATTRIBUTE: &str = "trusted.twinwrite.identity";
@@ -191,6 +194,13 @@ impl Disk {
         }
         Ok(())
     }
+
+    /// Whether the file system has room for more than an inode's attributes can take.
+    fn has_free_blocks(&self) -> bool {
+        const ENOUGH_BYTES: u64 = 1 << 20;
+        rustix::fs::fstatvfs(&self.root_fd)
+            .is_ok_and(|info| info.f_bfree.saturating_mul(info.f_frsize) > ENOUGH_BYTES)
+    }
 }
 
 impl Volume for Disk {
@@ -206,6 +216,7 @@ impl Volume for Disk {
         let s = rustix::fs::fstat(&fd).map_err(failed(what))?;
         let (flags, mask) = (AtFlags::EMPTY_PATH, StatxFlags::BTIME);
         let x = rustix::fs::statx(&fd, c"", flags, mask).map_err(failed(what))?;
+        let locks = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
         let is_born = StatxFlags::from_bits_retain(x.stx_mask).contains(StatxFlags::BTIME);
         Ok(Some(Stat {
             mode: s.st_mode,
@@ -215,6 +226,7 @@ impl Volume for Disk {
             size: u64::try_from(s.st_size).unwrap_or(0),
             mtime_ns: join_ns(s.st_mtime, i64::try_from(s.st_mtime_nsec).unwrap_or(0)),
             born_ns: is_born.then(|| join_ns(x.stx_btime.tv_sec, x.stx_btime.tv_nsec.into())),
+            is_locked: x.stx_attributes.intersects(locks),
         }))
     }
 
@@ -394,6 +406,56 @@ impl Volume for Disk {
         };
         rustix::fs::utimensat(&fd, "", &times, AtFlags::EMPTY_PATH)
             .map_err(failed(|| format!("set the times of inode {inode}")))
+    }
+
+    fn attributes(&mut self, inode: Identity) -> Step<BTreeMap<Vec<u8>, Vec<u8>>> {
+        let state = extended::read(&self.root_fd, inode).map_err(failed(|| {
+            format!("read the extended attributes of inode {inode}")
+        }))?;
+        Ok(state.unwrap_or_default().attributes)
+    }
+
+    fn attribute(&mut self, inode: Identity, name: &[u8]) -> Step<Option<Vec<u8>>> {
+        let fd = self.path_fd(inode)?;
+        let mut value = vec![0; VALUE_BYTES_MAX];
+        match rustix::fs::getxattr(Self::magic_path(&fd), name, &mut value[..]) {
+            Ok(len) => {
+                value.truncate(len);
+                Ok(Some(value))
+            }
+            Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => Ok(None),
+            Err(error) => Err(failed(|| {
+                format!("read the attribute {} of inode {inode}", printable(name))
+            })(error)),
+        }
+    }
+
+    fn set_attribute(&mut self, inode: Identity, name: &[u8], value: Option<&[u8]>) -> Step<()> {
+        let answer = extended::set_attribute(&self.root_fd, inode, name, value).map_err(|error| {
+            let is_full = error.raw_os_error() == Some(libc::ENOSPC);
+            if is_full && self.has_free_blocks() {
+                // The inode's own room for attributes is full: no more space on the volume would help.
+                io::Error::from_raw_os_error(libc::E2BIG)
+            } else {
+                error
+            }
+        });
+        answer.map_err(failed(|| {
+            format!("set the attribute {} of inode {inode}", printable(name))
+        }))
+    }
+
+    fn flags(&mut self, inode: Identity) -> Step<Option<InodeFlags>> {
+        let state = extended::read(&self.root_fd, inode)
+            .map_err(failed(|| format!("read the flags of inode {inode}")))?;
+        Ok(state.and_then(|state| state.flags))
+    }
+
+    fn set_flags(&mut self, inode: Identity, flags: InodeFlags) -> Step<()> {
+        // A descriptor that was opened for writing could write on.
+        self.file = None;
+        extended::set_flags(&self.root_fd, inode, flags)
+            .map_err(failed(|| format!("set the flags of inode {inode}")))
     }
 
     fn sync(&mut self) -> Step<()> {

@@ -9,10 +9,11 @@ use twinwrite_abi::{ATTR_SIZE, gap};
 
 use super::ReplayError;
 use super::extents::{END, Source};
-use super::plan::{Inode, Kind, Origin, Plan, Told};
+use super::plan::{Inode, Kind, Origin, Plan, Size, Told};
 use super::{LogItem, ReplayInput};
 use crate::faults::{Fault, injected};
 use crate::ids::{Identity, RingPos, Seq};
+use crate::record::extended::Extended;
 use crate::record::{NameBody, RecordHeader, flag, op};
 
 const FORMAT_MASK: u32 = 0o170_000;
@@ -82,7 +83,9 @@ impl<'a> Gather<'a> {
         let identity = item.record.identity();
         match item.record.header.op {
             op::TMPFILE => self.record(item),
-            op::WRITE | op::SETATTR if self.plan.nameless.contains(&identity) => self.record(item),
+            op::WRITE | op::SETATTR | op::EXTENDED if self.plan.nameless.contains(&identity) => {
+                self.record(item)
+            }
             op::LINK if self.plan.nameless.remove(&identity) => {
                 self.plan.inodes.remove(&identity);
                 Ok(())
@@ -114,6 +117,7 @@ impl<'a> Gather<'a> {
             op::RENAME => self.rename(item),
             op::EXCHANGE => self.exchange(item),
             op::SETATTR => self.setattr(item),
+            op::EXTENDED => self.extended(item)?,
             op::FSYNC => self.mark(item),
             // Nothing is missing in the log.
             op::GAP if record.header.arg == gap::WRITEBACK as u64 => {}
@@ -179,7 +183,7 @@ impl<'a> Gather<'a> {
         } else {
             lay(0, item.record.data());
         }
-        inode.size = Some(told(header.size_after.min(END), at));
+        tell_size(inode, &header, at);
         tell_mode_and_mtime(inode, &header, at);
         Ok(())
     }
@@ -206,7 +210,7 @@ impl<'a> Gather<'a> {
         inode.links = Some(names.nlink);
         inode.owner = Some(told((names.uid, names.gid), at));
         if kind == Kind::File {
-            inode.size = Some(told(0, at));
+            inode.size = Some(told(Size::Exactly(0), at));
         }
         tell_mode_and_mtime(&mut inode, &record.header, at);
         self.plan.inodes.insert(record.identity(), inode);
@@ -311,13 +315,32 @@ impl<'a> Gather<'a> {
         if header.arg & ATTR_SIZE != 0 {
             let size = header.size_after.min(END);
             inode.content.insert(size, END, Source::Zero, at);
-            inode.size = Some(told(size, at));
+            inode.size = Some(told(Size::Exactly(size), at));
         }
         inode.owner = Some(told((attributes.uid, attributes.gid), at));
         if header.arg & ATTR_ATIME_ANY != 0 {
             inode.atime_ns = Some(told(attributes.atime_ns, at));
         }
         tell_mode_and_mtime(inode, &header, at);
+    }
+
+    /// What an inode's extended state had become when it was read. It had no links left if nothing was read.
+    fn extended(&mut self, item: &LogItem<'a>) -> Result<(), ReplayError> {
+        let at = item.ring_pos;
+        let pieces = item.fill.as_ref().map(|fill| fill.pieces.as_slice());
+        let bytes = match pieces {
+            Some([]) => return Ok(()),
+            Some([(0, bytes)]) => *bytes,
+            _ => return Err(ReplayError::BytesMissing { seq: item.seq }),
+        };
+        let state = Extended::decode(bytes).map_err(|error| ReplayError::Contradiction {
+            seq: item.seq,
+            what: error.to_string(),
+        })?;
+        let inode = self.inode(item.record.identity());
+        inode.extended = Some(told(bytes, at));
+        inode.mode = Some(told(state.mode, at));
+        Ok(())
     }
 
     /// A directory's modification time, told by an operation on one of its names.
@@ -366,6 +389,7 @@ impl<'a> Gather<'a> {
             confirm(&mut inode.owner, before);
             confirm(&mut inode.mtime_ns, before);
             confirm(&mut inode.atime_ns, before);
+            confirm(&mut inode.extended, before);
         }
     }
 
@@ -454,6 +478,25 @@ fn confirm<T>(told: &mut Option<Told<T>>, before: RingPos) {
         && told.at < before
     {
         told.confirmed = true;
+    }
+}
+
+/// What a WRITE tells of the size. Without the inode's lock it was read too early or too late, so that it proves
+/// only where the write ended: it must not cut off what somebody else has written and confirmed behind that.
+/// A store through a mapping changes no size, and tells none.
+fn tell_size(inode: &mut Inode<'_>, header: &RecordHeader, at: RingPos) {
+    let size = header.size_after.min(END);
+    if header.flags & (flag::SIZE_RAISES | flag::MAPPED) == 0 {
+        inode.size = Some(told(Size::Exactly(size), at));
+        return;
+    }
+    if header.flags & flag::MAPPED != 0 || size == 0 {
+        return;
+    }
+    match inode.size.map(|told| told.value) {
+        Some(known) if known.least() >= size => {}
+        Some(Size::Exactly(_)) => inode.size = Some(told(Size::Exactly(size), at)),
+        Some(Size::AtLeast(_)) | None => inode.size = Some(told(Size::AtLeast(size), at)),
     }
 }
 

@@ -22,6 +22,34 @@ pub struct Told<T> {
     pub confirmed: bool,
 }
 
+/// What the log tells of a file's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// It is this.
+    Exactly(u64),
+    /// It is not below this, and no record of the log tells more: what the disk has beyond it stays.
+    AtLeast(u64),
+}
+
+impl Size {
+    /// What it is at least.
+    #[must_use]
+    pub fn least(self) -> u64 {
+        match self {
+            Self::Exactly(size) | Self::AtLeast(size) => size,
+        }
+    }
+
+    /// What a file of `now` bytes must be cut or extended to; `None`: nothing is to be done.
+    #[must_use]
+    pub fn to_set(self, now: u64) -> Option<u64> {
+        match self {
+            Self::Exactly(size) => (size != now).then_some(size),
+            Self::AtLeast(size) => (size > now).then_some(size),
+        }
+    }
+}
+
 /// What to make when an inode is to be made anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind<'a> {
@@ -69,7 +97,7 @@ pub struct Inode<'a> {
     /// Bytes; confirmed ones only where they may be needed to make the file anew.
     pub content: Extents<'a>,
     /// Size last told.
-    pub size: Option<Told<u64>>,
+    pub size: Option<Told<Size>>,
     /// `i_mode` last told.
     pub mode: Option<Told<u32>>,
     /// Owner and group last told.
@@ -78,6 +106,8 @@ pub struct Inode<'a> {
     pub mtime_ns: Option<Told<i64>>,
     /// Access time last told, nanoseconds since 1970.
     pub atime_ns: Option<Told<i64>>,
+    /// Extended state last told: the bytes of an [`Extended`](crate::record::extended::Extended).
+    pub extended: Option<Told<&'a [u8]>>,
 }
 
 impl Inode<'_> {
@@ -96,6 +126,7 @@ impl Inode<'_> {
             owner: None,
             mtime_ns: None,
             atime_ns: None,
+            extended: None,
         }
     }
 
@@ -223,13 +254,23 @@ fn write_inode(f: &mut fmt::Formatter<'_>, identity: Identity, inode: &Inode<'_>
         }
     }
     if let Some(size) = inode.size.filter(|t| !t.confirmed) {
-        writeln!(f, "size {identity}: {}", size.value)?;
+        match size.value {
+            Size::Exactly(size) => writeln!(f, "size {identity}: {size}")?,
+            Size::AtLeast(size) => writeln!(f, "size {identity}: at least {size}")?,
+        }
     }
     if let Some(mode) = inode.mode.filter(|t| !t.confirmed) {
         writeln!(f, "mode {identity}: {:o}", mode.value)?;
     }
     if let Some(owner) = inode.owner.filter(|t| !t.confirmed) {
         writeln!(f, "owner {identity}: {}:{}", owner.value.0, owner.value.1)?;
+    }
+    if let Some(extended) = inode.extended.filter(|t| !t.confirmed) {
+        let bytes = extended.value.len();
+        writeln!(
+            f,
+            "extended attributes and flags of {identity}: {bytes} bytes"
+        )?;
     }
     if let Some(mtime) = inode.mtime_ns.filter(|t| !t.confirmed) {
         writeln!(f, "mtime {identity}: {} ns", mtime.value)?;

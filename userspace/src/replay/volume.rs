@@ -4,12 +4,14 @@
 //! same apply code runs on both. A method must never follow a symlink, and never replace or destroy
 //! something that it was not told to.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use thiserror::Error;
 
 use super::plan::Kind;
 use crate::ids::{Epoch, Identity};
+use crate::record::extended::InodeFlags;
 
 /// A step on the volume failed.
 #[derive(Debug, Error)]
@@ -61,6 +63,8 @@ pub struct Stat {
     pub mtime_ns: i64,
     /// When it was made, nanoseconds since 1970; `None`: the file system does not tell.
     pub born_ns: Option<i64>,
+    /// It is immutable or append-only.
+    pub is_locked: bool,
 }
 
 impl Stat {
@@ -192,6 +196,33 @@ pub trait Volume {
         atime_ns: Option<i64>,
         mtime_ns: Option<i64>,
     ) -> Step<()>;
+    /// Every extended attribute but twinwrite's own.
+    ///
+    /// # Errors
+    /// See [`Volume::root`].
+    fn attributes(&mut self, inode: Identity) -> Step<BTreeMap<Vec<u8>, Vec<u8>>>;
+    /// One extended attribute.
+    ///
+    /// # Errors
+    /// See [`Volume::root`].
+    fn attribute(&mut self, inode: Identity, name: &[u8]) -> Step<Option<Vec<u8>>> {
+        Ok(self.attributes(inode)?.remove(name))
+    }
+    /// Sets an extended attribute, or removes it.
+    ///
+    /// # Errors
+    /// See [`Volume::root`].
+    fn set_attribute(&mut self, inode: Identity, name: &[u8], value: Option<&[u8]>) -> Step<()>;
+    /// Inode flags and project; `None` where there are none.
+    ///
+    /// # Errors
+    /// See [`Volume::root`].
+    fn flags(&mut self, inode: Identity) -> Step<Option<InodeFlags>>;
+    /// Sets inode flags and project.
+    ///
+    /// # Errors
+    /// See [`Volume::root`].
+    fn set_flags(&mut self, inode: Identity, flags: InodeFlags) -> Step<()>;
     /// Makes everything done so far durable.
     ///
     /// # Errors

@@ -259,6 +259,7 @@ impl World {
                     pos,
                     len,
                     fill_offset,
+                    ..
                 } => {
                     pump.fill = Fill::Asked(Wanted {
                         seq,

@@ -53,6 +53,7 @@ impl Owner<'_> {
             ring: &mut self.ring,
             control: capture.control(),
             filler: &mut self.filler,
+            mapper: self.mapper.as_ref(),
             checkpointer: self.closer.checkpointer(),
             gatekeeper: &self.gatekeeper,
             may_skip_hooks: cautious,

@@ -85,15 +85,19 @@ impl Pump<'_> {
         let gaps = self.control.gaps();
         let new: Vec<&str> = gap::NAMES
             .iter()
+            .enumerate()
             .zip(gaps.iter().zip(&self.gaps_proven))
-            .filter(|(_, (now, proven))| now > proven)
-            .map(|(name, _)| *name)
+            .filter(|((reason, _), (now, proven))| now > proven && !self.is_snapshotted(*reason))
+            .map(|((_, name), _)| *name)
             .collect();
         if !new.is_empty() {
             let names = new.join(", ");
             return Standing::Exposed(format!(
                 "changes that are not captured yet ({names}); a checkpoint will cover them"
             ));
+        }
+        if let Some(reason) = self.late_look() {
+            return Standing::Exposed(reason);
         }
         if let Some((_, reason)) = &self.gap_in_log {
             return Standing::Exposed(format!("{reason}; a checkpoint will cover it"));

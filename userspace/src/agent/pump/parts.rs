@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::agent::checkpointer::Checkpointer;
 use crate::agent::filler::Filler;
 use crate::agent::gatekeeper::Gatekeeper;
+use crate::agent::mapper::Mapper;
 use crate::agent::mending::LeftUnproven;
 use crate::board::VolumeBoard;
 use crate::capture::{Control, RingConsumer};
@@ -27,6 +28,8 @@ pub struct Parts<'a> {
     pub control: &'a Control,
     /// For bytes that eBPF could not copy.
     pub filler: &'a mut Filler,
+    /// For pages that are changed through mappings; `None` where the programs cannot be asked for snapshots.
+    pub mapper: Option<&'a Mapper>,
     /// For checkpoints.
     pub checkpointer: &'a mut Checkpointer,
     /// Continues who may pass the gate.

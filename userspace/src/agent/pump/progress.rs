@@ -42,9 +42,12 @@ impl Pump<'_> {
         board
             .gate_replies_refused
             .set(self.control.replies_refused());
-        for (shown, count) in board.gaps.iter().zip(self.control.gaps()) {
-            shown.set(count);
+        for (reason, (shown, count)) in board.gaps.iter().zip(self.control.gaps()).enumerate() {
+            if !self.is_snapshotted(reason) {
+                shown.set(count);
+            }
         }
+        self.show_mapped();
     }
 }
 

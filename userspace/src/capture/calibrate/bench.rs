@@ -7,6 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::known::{Item, Known};
+use crate::capture::btf::handed_on_globals;
+use crate::capture::probe::labels_what_is_made;
 use crate::capture::{Capture, CaptureError, RingConsumer};
 use crate::ids::RingPos;
 use crate::record::{Records, op};
@@ -21,6 +23,8 @@ pub(super) struct Bench<'a> {
     consumer: RingConsumer,
     pub(super) root: Item,
     directory: PathBuf,
+    /// The extended state of all that is made is told: it may have something that nobody gave it.
+    pub(super) is_new_told: bool,
     /// Inode numbers that are ours: records of others are not looked at.
     ours: HashSet<u64>,
     began_at: RingPos,
@@ -35,6 +39,8 @@ impl<'a> Bench<'a> {
         let mut bench = Self {
             capture,
             consumer,
+            is_new_told: labels_what_is_made()
+                || handed_on_globals(capture.options().filesystem).is_none(),
             ours: HashSet::from([root.identity.ino]),
             root,
             directory: directory.to_owned(),
@@ -101,7 +107,7 @@ impl<'a> Bench<'a> {
                 let parents = [view.header.pos, view.names().new_parent_ino];
                 let named = !matches!(
                     view.header.op,
-                    op::WRITE | op::SETATTR | op::FSYNC | op::GAP
+                    op::WRITE | op::SETATTR | op::EXTENDED | op::FSYNC | op::GAP
                 );
                 if self.ours.contains(&view.header.ino)
                     || named && parents.iter().any(|parent| self.ours.contains(parent))
@@ -112,6 +118,9 @@ impl<'a> Bench<'a> {
             let end = RingPos(run.start.0 + run.bytes.len() as u64);
             self.consumer.advance_to(end)?;
             self.consumer.release_to(end)?;
+        }
+        if self.is_new_told {
+            forget_state_of_new(&mut seen);
         }
         Ok(seen)
     }
@@ -159,6 +168,18 @@ impl<'a> Bench<'a> {
     pub(super) fn skip(&mut self, what: &str, why: impl std::fmt::Display) {
         self.skipped.push(format!("{what}: {why}"));
     }
+}
+
+/// Drops what is told behind each inode that is made.
+fn forget_state_of_new(seen: &mut Vec<(RingPos, Known)>) {
+    let mut made = None;
+    seen.retain(|(_, known)| {
+        let header = &known.header;
+        let is_of_new = header.op == op::EXTENDED && made == Some(header.ino);
+        let is_made = matches!(header.op, op::CREATE | op::SYMLINK | op::TMPFILE);
+        made = is_made.then_some(header.ino);
+        !is_of_new
+    });
 }
 
 fn list<'k>(records: impl Iterator<Item = &'k Known>) -> String {

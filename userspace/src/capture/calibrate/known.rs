@@ -27,7 +27,7 @@ impl Known {
     pub(super) fn seen(view: &RecordView<'_>) -> Self {
         let has_names = !matches!(
             view.header.op,
-            op::WRITE | op::SETATTR | op::FSYNC | op::GAP
+            op::WRITE | op::SETATTR | op::EXTENDED | op::FSYNC | op::GAP
         );
         let mut known = Self {
             header: RecordHeader {
@@ -131,7 +131,9 @@ impl Known {
     /// Sizes of anything but files and symlinks are the file system's own affair.
     fn forget_other_sizes(&mut self) {
         let format = self.header.mode & libc::S_IFMT;
-        if self.header.op != op::FSYNC && format != libc::S_IFREG && format != libc::S_IFLNK {
+        // A record without a mode is one of bytes.
+        let has_size = matches!(format, libc::S_IFREG | libc::S_IFLNK | 0);
+        if self.header.op != op::FSYNC && !has_size {
             self.header.size_after = 0;
         }
     }

@@ -8,6 +8,7 @@
 //! records of a running epoch are in the ring: it releases what it reads.
 
 mod bench;
+mod filled;
 mod gaps;
 mod known;
 mod operations;
@@ -59,6 +60,16 @@ pub fn calibrate(capture: &Capture, mount_point: &Path) -> Result<Calibration, C
     fs::create_dir_all(&directory).map_err(|source| {
         CaptureError::system(format!("creating {}", directory.display()), source)
     })?;
+    // What is made there would inherit it.
+    match rustix::fs::removexattr(&directory, "system.posix_acl_default") {
+        Ok(()) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
+        Err(source) => {
+            return Err(CaptureError::system(
+                format!("removing the default ACL of {}", directory.display()),
+                io::Error::from(source),
+            ));
+        }
+    }
     let outcome = run(capture, &directory);
     let cleared = clear(&directory);
     let calibration = outcome?;
@@ -99,6 +110,9 @@ fn run(capture: &Capture, directory: &Path) -> Result<Calibration, CaptureError>
     operations::moves(&mut bench)?;
     operations::attributes(&mut bench)?;
     operations::removals(&mut bench)?;
+    filled::ranges(&mut bench)?;
+    filled::extended(&mut bench)?;
+    filled::mapped(&mut bench)?;
     gaps::all(&mut bench)?;
     bench.discard()?;
     Ok(Calibration {

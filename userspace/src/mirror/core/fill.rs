@@ -158,6 +158,7 @@ impl MirrorCore {
         let pending = &fill.pending;
         Some(Action::NeedFill {
             seq: pending.seq,
+            op: pending.op,
             identity: pending.identity,
             pos: pending.pos + u64::from(pending.filled),
             len: fill.wanted(),

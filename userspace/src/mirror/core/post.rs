@@ -424,6 +424,7 @@ impl MirrorCore {
         self.fill = lacking.map(|record| {
             OpenFill::new(PendingFill {
                 seq: last,
+                op: record.op,
                 identity: record.identity,
                 pos: record.pos,
                 len: record.data_len,

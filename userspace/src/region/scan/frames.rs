@@ -357,6 +357,7 @@ impl<'a> Walk<'a> {
             if view.needs_fill() {
                 lacking = Some(PendingFill {
                     seq: Seq(h.first_seq + count),
+                    op: view.header.op,
                     identity: view.identity(),
                     pos: view.header.pos,
                     len: view.header.data_len,

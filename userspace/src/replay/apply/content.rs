@@ -48,6 +48,10 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
     ) -> Step<()> {
         let mut changed = false;
         let mut size_now = stat.size;
+        let size = wanted(inode.size, made);
+        if size.is_some() || inode.content.iter().any(|(_, s)| made || !s.confirmed) {
+            self.keep_capability(disk, inode, made)?;
+        }
         for (start, segment) in inode.content.iter() {
             if segment.confirmed && !made {
                 continue;
@@ -73,8 +77,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 }
             }
         }
-        if let Some(size) = wanted(inode.size, made)
-            && size != size_now
+        if let Some(size) = size.and_then(|size| size.to_set(size_now))
             && size <= END
         {
             self.volume.set_size(disk, size)?;
@@ -105,7 +108,11 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 continue;
             };
             let made = matches!(self.found.get(identity), Some(Found::Made(_)));
-            self.owner_and_mode(disk, inode, &stat, made)?;
+            // A new owner takes capabilities and set-user-ID bits away, and an ACL sets permissions: so the
+            // owner comes first, and the mode, whose group bits are also the ACL's mask, last.
+            let owner_changed = self.owner(disk, inode, &stat, made)?;
+            self.extended(disk, inode, made)?;
+            self.mode(disk, inode, &stat, made, owner_changed)?;
             if stat.is_directory() {
                 directories.push((disk, inode));
             } else {
@@ -134,20 +141,25 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         Ok(())
     }
 
-    fn owner_and_mode(
+    fn owner(&mut self, disk: Identity, inode: &Inode<'a>, stat: &Stat, made: bool) -> Step<bool> {
+        if let Some((uid, gid)) = wanted(inode.owner, made)
+            && (uid, gid) != (stat.uid, stat.gid)
+        {
+            self.volume.set_owner(disk, uid, gid)?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// `stat` is from before any attribute was set.
+    fn mode(
         &mut self,
         disk: Identity,
         inode: &Inode<'a>,
         stat: &Stat,
         made: bool,
+        owner_changed: bool,
     ) -> Step<()> {
-        let mut owner_changed = false;
-        if let Some((uid, gid)) = wanted(inode.owner, made)
-            && (uid, gid) != (stat.uid, stat.gid)
-        {
-            self.volume.set_owner(disk, uid, gid)?;
-            owner_changed = true;
-        }
         let is_symlink = stat.mode & 0o170_000 == 0o120_000;
         // Writing and changing the owner clear set-user-ID bits, so what must stay is set again.
         let mode = wanted(inode.mode, made).or_else(|| {
@@ -156,7 +168,8 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         });
         if let Some(mode) = mode
             && !is_symlink
-            && (mode & 0o7777 != stat.mode & 0o7777 || owner_changed)
+            && let Some(now) = self.volume.stat(disk)?
+            && mode & 0o7777 != now.mode & 0o7777
         {
             self.volume.set_permissions(disk, mode)?;
         }

@@ -9,6 +9,7 @@
 
 mod ahead;
 mod content;
+mod extended;
 mod names;
 mod resolve;
 
@@ -162,6 +163,10 @@ struct Apply<'p, 'a, V> {
     /// Modification times that directories had before replay touched them.
     touched: BTreeMap<Identity, i64>,
     written: BTreeSet<Identity>,
+    /// `FS_IMMUTABLE_FL` and `FS_APPEND_FL` of inodes on the disk, as they must be in the end.
+    locks: BTreeMap<Identity, u32>,
+    /// File capabilities that writing takes away, and that must be there in the end.
+    capabilities: BTreeMap<Identity, Vec<u8>>,
 }
 
 /// Makes `plan` so on `volume`, and syncs it.
@@ -175,9 +180,11 @@ pub fn apply_to<V: Volume>(
 ) -> Result<Outcome, ReplayError> {
     let mut run = Apply::begin(plan, volume, progress)?;
     run.resolve()?;
+    run.unlock()?;
     run.names()?;
     run.content()?;
     run.attributes()?;
+    run.settle()?;
     run.tell(Stage::Sync, 0, 1);
     run.volume.sync()?;
     run.tell(Stage::Sync, 1, 1);
@@ -190,7 +197,9 @@ pub fn apply_to<V: Volume>(
 /// The first step that failed.
 pub fn tidy_on<V: Volume>(volume: &mut V, outcome: &Outcome) -> Step<()> {
     for identity in &outcome.created {
-        if volume.stat(*identity)?.is_some() {
+        // To take the stamp from an immutable inode would open it, for good if this run ends in between. It
+        // keeps it: the epoch in it says that it means nothing any more.
+        if volume.stat(*identity)?.is_some_and(|stat| !stat.is_locked) {
             volume.set_stamp(*identity, None)?;
         }
     }
@@ -230,6 +239,7 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
         for directory in [staging, recovered] {
             // What the volume's root passes on, or what an interrupted run left, would keep others out.
             volume.pass_on_project(directory, None)?;
+            extended::pass_on_no_acl(volume, directory)?;
         }
         let aside = volume.list(recovered)?;
         let outcome = Outcome {
@@ -253,6 +263,8 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
             aside,
             touched,
             written: BTreeSet::new(),
+            locks: BTreeMap::new(),
+            capabilities: BTreeMap::new(),
         })
     }
 
@@ -273,12 +285,13 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
         }
     }
 
-    /// Remembers a directory's modification time before its names change.
+    /// Remembers a directory's modification time before its names change, and opens it to changes.
     fn touch(&mut self, directory: Identity) -> Step<()> {
         if !self.touched.contains_key(&directory)
             && let Some(stat) = self.volume.stat(directory)?
         {
             self.touched.insert(directory, stat.mtime_ns);
+            self.unlock_one(directory)?;
         }
         Ok(())
     }
@@ -289,6 +302,7 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
         let room = 255usize.saturating_sub(target.len());
         target.extend(name.iter().take(room));
         self.touch(directory)?;
+        self.unlock_one(identity)?;
         let mut free = target.clone();
         let mut number = 0;
         while self.volume.lookup(self.recovered, &free)?.is_some() {

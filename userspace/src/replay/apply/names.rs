@@ -1,5 +1,6 @@
 //! Names: footholds for survivors, names taken away, what is missing made, names bound.
 
+use super::extended::is_note;
 use super::resolve::{dead_name, kept_name, made_name};
 use super::{Apply, Found, STAGING, Stage};
 use crate::faults::{Fault, injected};
@@ -130,6 +131,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             return Ok(());
         }
         self.touch(directory)?;
+        self.unlock_one(there)?;
         if stat.is_directory() {
             if dead {
                 let planned = planned.unwrap_or(there);
@@ -219,6 +221,9 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
     /// Footholds are not needed any more; what is here and unknown is kept aside.
     fn clear_staging(&mut self) -> Step<()> {
         for name in self.volume.list(self.staging)? {
+            if is_note(&name) {
+                continue;
+            }
             let Some(there) = self.volume.lookup(self.staging, &name)? else {
                 continue;
             };

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::extended::is_note;
 use super::{Apply, Found, Stage};
 use crate::faults::{Fault, injected};
 use crate::ids::Identity;
@@ -180,9 +181,11 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             let Some(made) = self.volume.lookup(self.staging, &name)? else {
                 continue;
             };
-            let stamp = self.volume.stamp(made)?;
-            if stamp.is_none_or(|stamp| stamp.epoch != self.plan.epoch) {
-                self.discard(&name, made)?;
+            match self.volume.stamp(made)? {
+                Some(stamp) if stamp.epoch == self.plan.epoch => {}
+                // Of a replay that never came to its end: what it says is still to be done.
+                Some(_) if is_note(&name) => self.stamp_note(made)?,
+                _ => self.discard(&name, made)?,
             }
         }
         Ok(())

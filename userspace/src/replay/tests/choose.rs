@@ -1,6 +1,7 @@
 //! Which operation comes next: dice, loaded so that names and inodes meet often.
 
-use super::model::Body;
+use super::attributes::{ACL, CAPABILITY, HARMLESS_FLAGS, IMMUTABLE, acl, capability};
+use super::model::{ATTRIBUTE_BYTES_MAX, Body, attribute_bytes};
 use super::world::{Name, NewKind, Op, World};
 use crate::ids::Identity;
 use crate::replay::sentinel::OWN_DIRECTORY;
@@ -43,24 +44,172 @@ impl World<'_> {
 
     /// One random operation that will succeed; `None` if the dice chose an impossible one.
     pub(super) fn choose(&mut self) -> Option<Op> {
-        match self.random.below(100) {
-            0..=19 => self.choose_write(),
-            20..=25 => {
+        let op = match self.random.below(100) {
+            0..=14 => self.choose_write(),
+            15..=20 => self.choose_unlocked(),
+            21..=25 => {
                 let size = self.random.below(self.file_bytes_max);
                 self.random
                     .pick(&self.files())
                     .map(|file| Op::Truncate { file, size })
             }
-            26..=43 => self.choose_create(),
-            44..=46 => Some(Op::Tmpfile),
-            47..=54 => self.choose_link(),
-            55..=64 => self.choose_unlink(),
-            65..=79 => self.choose_rename(),
-            80..=82 => self.choose_exchange(),
-            83..=89 => self.choose_attributes(),
-            90..=97 => self.choose_fsync(),
+            26..=40 => self.choose_create(),
+            41..=43 => Some(Op::Tmpfile),
+            44..=50 => self.choose_link(),
+            51..=59 => self.choose_unlink(),
+            60..=72 => self.choose_rename(),
+            73..=75 => self.choose_exchange(),
+            76..=81 => self.choose_attributes(),
+            82..=86 => self.choose_extended(),
+            87..=90 => self.choose_flags(),
+            91..=98 => self.choose_fsync(),
             _ => Some(Op::Flush),
+        };
+        op.filter(|op| !self.is_refused(op))
+    }
+
+    /// Whether the kernel refuses it because something is immutable or append-only.
+    fn is_refused(&self, op: &Op) -> bool {
+        let model = &self.model;
+        let locked = |inode: &Identity| model.locks(*inode) != 0;
+        let immutable = |inode: &Identity| model.is_immutable(*inode);
+        let child = |(directory, name): &(Identity, Name)| {
+            model.entries(*directory).get(name).is_some_and(locked)
+        };
+        match op {
+            Op::Write { file, at, .. } if *at as u64 == model.nodes[file].size() => immutable(file),
+            Op::Write { file: inode, .. }
+            | Op::Direct { file: inode, .. }
+            | Op::Store { file: inode, .. }
+            | Op::Zero { file: inode, .. }
+            | Op::Truncate { file: inode, .. }
+            | Op::Chmod { inode, .. }
+            | Op::Chown { inode, .. }
+            | Op::Utimes { inode, .. }
+            | Op::SetAttribute { inode, .. } => locked(inode),
+            Op::Create { directory, .. } => immutable(directory),
+            Op::Link {
+                file, directory, ..
+            } => locked(file) || immutable(directory),
+            Op::Unlink { directory, name } => {
+                locked(directory) || child(&(*directory, name.clone()))
+            }
+            Op::Rename { from, to } => {
+                let replaces = model.entries(to.0).contains_key(&to.1);
+                locked(&from.0)
+                    || child(from)
+                    || child(to)
+                    || immutable(&to.0)
+                    || replaces && locked(&to.0)
+            }
+            Op::Exchange { from, to } => {
+                locked(&from.0) || locked(&to.0) || child(from) || child(to)
+            }
+            Op::SetFlags { inode, flags, .. } => immutable(inode) && flags & IMMUTABLE != 0,
+            Op::Tmpfile | Op::Fsync { .. } | Op::Flush | Op::Checkpoint => false,
         }
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mark = self.events.len() as u8 | 1;
+        (0..len)
+            .map(|i| mark.wrapping_add((i / 7) as u8).max(1))
+            .collect()
+    }
+
+    /// What is captured without the inode's lock.
+    fn choose_unlocked(&mut self) -> Option<Op> {
+        let file = self.random.pick(&self.files())?;
+        let size = self.model.nodes[&file].size() as usize;
+        let mut at = self.random.below(size.max(1));
+        let mut len = 1 + self.random.below(self.file_bytes_max / 3);
+        if self.random.chance(40) {
+            let grows = self.random.chance(40);
+            if self.random.chance(30) {
+                at = self.random.below(self.file_bytes_max);
+            }
+            return Some(Op::Zero {
+                file,
+                at,
+                len,
+                grows,
+            });
+        }
+        let is_direct = self.random.chance(50);
+        if is_direct && self.live.is_some() {
+            (at, len) = (at / 512 * 512, len.next_multiple_of(512));
+            len = len.min((size - at) / 512 * 512);
+        }
+        len = len.min(size - at);
+        if len == 0 {
+            return None;
+        }
+        let bytes = self.bytes(len);
+        Some(if is_direct {
+            Op::Direct { file, at, bytes }
+        } else {
+            Op::Store { file, at, bytes }
+        })
+    }
+
+    fn choose_extended(&mut self) -> Option<Op> {
+        let (directory, name) = self.random.pick(&self.bound())?;
+        let inode = self.model.entries(directory)[&name];
+        let node = &self.model.nodes[&inode];
+        let (is_file, is_directory) = (matches!(node.body, Body::File(_)), node.is_directory());
+        let number = self.random.below(8) as u16;
+        let (name, value) = match self.random.below(6) {
+            0 | 1 if is_file || is_directory => {
+                let name = [&b"user.a"[..], b"user.b", b"user.c"][self.random.below(3)];
+                (name, vec![number as u8; self.random.below(70)])
+            }
+            2 if is_file || is_directory => (ACL, acl(6, number, number / 2)),
+            3 if is_file => (CAPABILITY, capability(number as u8)),
+            _ => (&b"trusted.x"[..], vec![number as u8; 3]),
+        };
+        let value = (!self.random.chance(25)).then_some(value);
+        let mut then = self.model.nodes[&inode].attributes.clone();
+        let is_there = then.contains_key(name);
+        then.insert(name.to_vec(), value.clone().unwrap_or_default());
+        let fits = attribute_bytes(&then) <= ATTRIBUTE_BYTES_MAX;
+        let name = name.to_vec();
+        (fits && (is_there || value.is_some())).then_some(Op::SetAttribute { inode, name, value })
+    }
+
+    fn choose_flags(&mut self) -> Option<Op> {
+        let mut bound = self.bound();
+        if self.random.chance(50) {
+            // Not for long: a locked inode takes no further operations.
+            let is_locked = |(directory, name): &(Identity, Name)| {
+                self.model.locks(self.model.entries(*directory)[name]) != 0
+            };
+            bound.retain(is_locked);
+        }
+        let (directory, name) = self.random.pick(&bound)?;
+        let inode = self.model.entries(directory)[&name];
+        let node = &self.model.nodes[&inode];
+        if !matches!(node.body, Body::File(_) | Body::Directory(_)) {
+            return None;
+        }
+        let (now, project) = (node.flags, node.flags.project);
+        let locks = match self.random.below(3) {
+            _ if now.locks() != 0 => 0,
+            0 => 0,
+            1 => IMMUTABLE,
+            _ => 0x20,
+        };
+        let others = self.random.next() as u32 & HARMLESS_FLAGS;
+        let is_moved = self.has_projects && self.random.chance(40);
+        let project = if is_moved {
+            self.random.below(3) as u32
+        } else {
+            project
+        };
+        Some(Op::SetFlags {
+            inode,
+            flags: locks | others,
+            project,
+        })
     }
 
     fn choose_write(&mut self) -> Option<Op> {
@@ -73,10 +222,7 @@ impl World<'_> {
             self.random.below(self.file_bytes_max)
         };
         let len = 1 + self.random.below(self.file_bytes_max / 3);
-        let mark = self.events.len() as u8 | 1;
-        let bytes = (0..len)
-            .map(|i| mark.wrapping_add((i / 7) as u8).max(1))
-            .collect();
+        let bytes = self.bytes(len);
         Some(Op::Write {
             file,
             at,

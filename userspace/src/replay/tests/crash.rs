@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 
 use super::model::Model;
-use super::world::{Event, Op, Random, adopt, perform};
+use super::perform::{adopt, perform};
+use super::world::{Event, Op, Random};
 use crate::ids::Identity;
 
 /// A disk after a power cut.
@@ -70,9 +71,11 @@ pub(super) fn crash(root: Identity, events: &[Event], random: &mut Random) -> Cr
     let mut landed: BTreeSet<usize> = (0..base).collect();
     let lazy = random.below(101);
     for (index, event) in events.iter().enumerate().skip(base) {
-        let Op::Write {
+        let (Op::Write {
             file, at, bytes, ..
-        } = &event.op
+        }
+        | Op::Direct { file, at, bytes }
+        | Op::Store { file, at, bytes }) = &event.op
         else {
             if index < journal {
                 happen(&mut disk, event);

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, RenameFlags};
 
+use super::attributes::{FLAGS, Seen};
 use super::model::{Body, Model, Node};
 use super::world::{Live, NewKind, Op};
-use crate::capture::handle;
+use crate::capture::{extended, handle};
 use crate::ids::Identity;
+use crate::record::extended::InodeFlags;
 use crate::replay::disk::Disk;
 use crate::replay::volume::Volume;
 
@@ -32,18 +34,52 @@ pub(super) fn left_out(test: &str) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
     Ext4,
+    /// Whose fsync writes a short log of what changed, and the journal only later.
+    Ext4FastCommit,
     /// With quota projects, which not every kernel has.
     Ext4Projects,
     Xfs,
+    /// Whose fsync writes a log of that one file.
+    Btrfs,
+}
+
+impl Format {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Ext4FastCommit => "ext4 with fast commits",
+            Self::Ext4Projects => "ext4 with projects",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+        }
+    }
+
+    /// How large an image must be.
+    pub(super) fn image_bytes(self) -> u64 {
+        match self {
+            Self::Ext4 | Self::Ext4FastCommit | Self::Ext4Projects => 24 << 20,
+            Self::Xfs => 320 << 20,
+            Self::Btrfs => 128 << 20,
+        }
+    }
 }
 
 fn run(command: &str, arguments: &[&str]) {
+    if let Err(text) = try_to_run(command, arguments) {
+        panic!("{text}");
+    }
+}
+
+fn try_to_run(command: &str, arguments: &[&str]) -> Result<(), String> {
     let output = Command::new(command)
         .args(arguments)
         .output()
         .expect("the command exists");
+    if output.status.success() {
+        return Ok(());
+    }
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command} {arguments:?}: {text}");
+    Err(format!("{command} {arguments:?}: {text}"))
 }
 
 fn text(path: &Path) -> &str {
@@ -65,6 +101,11 @@ impl Mounted {
         let image_text = text(&image).to_owned();
         match format {
             Format::Ext4 => run("mkfs.ext4", &["-q", "-F", "-m", "0", &image_text]),
+            Format::Ext4FastCommit => {
+                let options = ["-q", "-F", "-m", "0", "-O", "fast_commit"];
+                run("mkfs.ext4", &[&options[..], &[&image_text]].concat());
+            }
+            Format::Btrfs => run("mkfs.btrfs", &["-q", "-f", &image_text]),
             Format::Ext4Projects => {
                 let features = "project,quota";
                 run("mkfs.ext4", &["-q", "-F", "-O", features, &image_text]);
@@ -75,27 +116,41 @@ impl Mounted {
     }
 
     fn mount(directory: &Path, name: &str, image: PathBuf) -> Self {
+        Self::try_to_mount(directory, name, image, "loop,noatime").expect("a mount")
+    }
+
+    fn try_to_mount(
+        directory: &Path,
+        name: &str,
+        image: PathBuf,
+        options: &str,
+    ) -> Result<Self, String> {
         let mount = directory.join(name);
         std::fs::create_dir_all(&mount).expect("a mount point");
-        run("mount", &["-o", "loop,noatime", text(&image), text(&mount)]);
-        Self { image, mount }
+        try_to_run("mount", &["-o", options, text(&image), text(&mount)])?;
+        Ok(Self { image, mount })
     }
 
     /// What a power cut now would leave, mounted.
     pub(super) fn crash(&self, directory: &Path, name: &str, format: Format) -> Self {
+        self.try_to_crash(directory, name, format).expect("a mount")
+    }
+
+    /// As [`Self::crash`]; what the kernel says if its own recovery fails.
+    pub(super) fn try_to_crash(
+        &self,
+        directory: &Path,
+        name: &str,
+        format: Format,
+    ) -> Result<Self, String> {
         let image = directory.join(format!("{name}.img"));
         run("cp", &["--sparse=always", text(&self.image), text(&image)]);
-        if format == Format::Xfs {
-            // The copy has its origin's UUID, and XFS mounts one of a kind.
-            let mount = directory.join(name);
-            std::fs::create_dir_all(&mount).expect("a mount point");
-            run(
-                "mount",
-                &["-o", "loop,noatime,nouuid", text(&image), text(&mount)],
-            );
-            return Self { image, mount };
-        }
-        Self::mount(directory, name, image)
+        // The copy has its origin's UUID, and XFS mounts one of a kind.
+        let options = match format {
+            Format::Xfs => "loop,noatime,nouuid",
+            _ => "loop,noatime",
+        };
+        Self::try_to_mount(directory, name, image, options)
     }
 }
 
@@ -111,6 +166,11 @@ impl Drop for Mounted {
         }
         let _ = std::fs::remove_file(&self.image);
     }
+}
+
+/// Writes the dirty pages back now, so that bytes get ahead of the journal.
+fn write_back(fd: &OwnedFd) {
+    rustix::fs::fadvise(fd, 0, None, rustix::fs::Advice::DontNeed).expect("fadvise");
 }
 
 /// Runs the operations of a world on a mounted file system.
@@ -191,13 +251,69 @@ impl Live for LiveDisk {
             Op::Write {
                 file, at, bytes, ..
             } => {
-                let fd = self.open(*file, libc::O_RDWR);
+                let is_append = self
+                    .disk
+                    .stat(*file)
+                    .expect("stat")
+                    .is_some_and(|stat| stat.size == *at as u64);
+                let append = if is_append { libc::O_APPEND } else { 0 };
+                let fd = self.open(*file, libc::O_RDWR | append);
                 rustix::io::pwrite(&fd, bytes, *at as u64).expect("write");
                 if at % 3 == 0 {
-                    // Writes the dirty pages back now, so that bytes get ahead of the journal.
-                    rustix::fs::fadvise(&fd, 0, None, rustix::fs::Advice::DontNeed)
-                        .expect("fadvise");
+                    write_back(&fd);
                 }
+            }
+            Op::Direct { file, at, bytes } => {
+                let fd = self.open(*file, libc::O_RDWR | libc::O_DIRECT);
+                let mut room = vec![0; bytes.len() + 511];
+                let start = room.as_ptr().align_offset(512);
+                room[start..start + bytes.len()].copy_from_slice(bytes);
+                rustix::io::pwrite(&fd, &room[start..start + bytes.len()], *at as u64)
+                    .expect("write past the cache");
+            }
+            // Not by a mapping, which would take unsafe code.
+            Op::Store { file, at, bytes } => {
+                let fd = self.open(*file, libc::O_RDWR);
+                rustix::io::pwrite(&fd, bytes, *at as u64).expect("write");
+                write_back(&fd);
+            }
+            Op::Zero {
+                file,
+                at,
+                len,
+                grows,
+            } => {
+                let fd = self.open(*file, libc::O_RDWR);
+                let flags = if *grows {
+                    FallocateFlags::ZERO_RANGE
+                } else {
+                    FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+                };
+                rustix::fs::fallocate(&fd, flags, *at as u64, *len as u64).expect("fallocate");
+            }
+            Op::SetAttribute { inode, name, value } => {
+                let fd = self.open(*inode, libc::O_PATH | libc::O_NOFOLLOW);
+                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                let flags = rustix::fs::XattrFlags::empty();
+                match value {
+                    Some(value) => rustix::fs::setxattr(path, name.as_slice(), value, flags),
+                    None => rustix::fs::removexattr(path, name.as_slice()),
+                }
+                .expect("an attribute");
+            }
+            Op::SetFlags {
+                inode,
+                flags,
+                project,
+            } => {
+                let fd = self.open(*inode, libc::O_RDONLY | libc::O_NOFOLLOW);
+                let now = handle::flags_of(&fd).expect("flags").expect("it has flags");
+                let then = InodeFlags {
+                    flags: now.flags & !FLAGS | flags,
+                    project: *project,
+                    ..now
+                };
+                handle::set_flags(&fd, then).expect("set flags");
             }
             Op::Truncate { file, size } => {
                 let fd = self.open(*file, libc::O_RDWR);
@@ -269,7 +385,7 @@ impl Live for LiveDisk {
         None
     }
 
-    fn attributes(&mut self, inode: Identity) -> Option<(u32, u32, u32, i64, i64)> {
+    fn see(&mut self, inode: Identity) -> Option<Seen> {
         let fd = match self.tmpfiles.get(&inode) {
             Some(fd) => fd.try_clone().expect("one more descriptor"),
             None => {
@@ -278,13 +394,16 @@ impl Live for LiveDisk {
         };
         let s = rustix::fs::fstat(&fd).expect("stat");
         let ns = |seconds: i64, ns: u64| seconds * 1_000_000_000 + ns as i64;
-        Some((
-            s.st_mode,
-            s.st_uid,
-            s.st_gid,
-            ns(s.st_mtime, s.st_mtime_nsec),
-            ns(s.st_atime, s.st_atime_nsec),
-        ))
+        let state = extended::read(&self.root, inode).expect("read attributes")?;
+        Some(Seen {
+            mode: s.st_mode,
+            uid: s.st_uid,
+            gid: s.st_gid,
+            mtime_ns: ns(s.st_mtime, s.st_mtime_nsec),
+            atime_ns: ns(s.st_atime, s.st_atime_nsec),
+            attributes: state.attributes,
+            flags: state.flags.unwrap_or_default(),
+        })
     }
 }
 
@@ -317,6 +436,8 @@ pub(super) fn read(mount: &Path) -> Model {
             format => read_body(&root_fd, inode, format),
         };
         let stamp = disk.stamp(inode).expect("stamp");
+        let state = extended::read(&root_fd, inode).expect("attributes");
+        let state = state.expect("it exists");
         model.nodes.insert(
             inode,
             Node {
@@ -329,6 +450,8 @@ pub(super) fn read(mount: &Path) -> Model {
                 body,
                 stamp,
                 born_ns: stat.born_ns.unwrap_or(0),
+                attributes: state.attributes,
+                flags: state.flags.unwrap_or_default(),
             },
         );
     }

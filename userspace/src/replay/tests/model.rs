@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
+use super::attributes::IMMUTABLE;
 use crate::ids::Identity;
+use crate::record::extended::InodeFlags;
 use crate::replay::plan::Kind;
 use crate::replay::sentinel::OWN_DIRECTORY;
 use crate::replay::volume::{Stamp, Stat, Step, Volume, VolumeError};
@@ -27,6 +29,8 @@ pub(super) struct Node {
     pub(super) body: Body,
     pub(super) stamp: Option<Stamp>,
     pub(super) born_ns: i64,
+    pub(super) attributes: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(super) flags: InodeFlags,
 }
 
 impl Node {
@@ -52,10 +56,14 @@ pub(super) struct Model {
     pub(super) now_ns: i64,
     /// The last generation of each number, counted up by one as XFS does: what replay makes may get
     /// an identity that the log knows.
-    generations: BTreeMap<u64, u32>,
+    pub(super) generations: BTreeMap<u64, u32>,
     /// Changing steps still allowed, and the error after them.
     pub(super) budget: Option<(u64, i32)>,
     pub(super) steps: u64,
+    /// An attribute that cannot be set, and the error.
+    pub(super) refused: Option<(Vec<u8>, i32)>,
+    /// Flags that this file system has not.
+    pub(super) refused_flags: u32,
 }
 
 fn error(what: &str, code: i32) -> VolumeError {
@@ -63,6 +71,13 @@ fn error(what: &str, code: i32) -> VolumeError {
         what: what.to_owned(),
         source: io::Error::from_raw_os_error(code),
     }
+}
+
+/// All attributes of one inode take no more, as in the one block that ext4 has for them.
+pub(super) const ATTRIBUTE_BYTES_MAX: usize = 180;
+
+pub(super) fn attribute_bytes(attributes: &BTreeMap<Vec<u8>, Vec<u8>>) -> usize {
+    attributes.iter().map(|(n, v)| n.len() + v.len()).sum()
 }
 
 impl Model {
@@ -77,6 +92,8 @@ impl Model {
             body: Body::Directory(BTreeMap::new()),
             stamp: None,
             born_ns: 1,
+            attributes: BTreeMap::new(),
+            flags: InodeFlags::default(),
         };
         let mut model = Self {
             nodes: BTreeMap::from([(root, node)]),
@@ -86,6 +103,8 @@ impl Model {
             generations: BTreeMap::new(),
             budget: None,
             steps: 0,
+            refused: None,
+            refused_flags: 0,
         };
         // Where the sentinel lives: it was made when the protection began.
         let own = Identity {
@@ -142,6 +161,8 @@ impl Model {
             body,
             stamp: None,
             born_ns: self.now_ns,
+            attributes: BTreeMap::new(),
+            flags: InodeFlags::default(),
         };
         self.nodes.insert(identity, node);
         self.generations.insert(identity.ino, identity.generation);
@@ -175,6 +196,33 @@ impl Model {
             }
             data[at..at + bytes.len()].copy_from_slice(bytes);
             *mtime_ns = now_ns;
+        }
+    }
+
+    /// Zeros over a range; as far as the file goes, unless it `grows`.
+    pub(super) fn zero_bytes(&mut self, inode: Identity, at: usize, len: usize, grows: bool) {
+        let now_ns = self.now_ns;
+        if let Some(Node {
+            body: Body::File(data),
+            mtime_ns,
+            ..
+        }) = self.nodes.get_mut(&inode)
+        {
+            if grows && data.len() < at + len {
+                data.resize(at + len, 0);
+            }
+            let end = data.len().min(at + len);
+            if at < end {
+                data[at..end].fill(0);
+            }
+            *mtime_ns = now_ns;
+        }
+    }
+
+    pub(super) fn file_bytes(&self, inode: Identity) -> Vec<u8> {
+        match self.nodes.get(&inode).map(|node| &node.body) {
+            Some(Body::File(bytes)) => bytes.clone(),
+            _ => Vec::new(),
         }
     }
 
@@ -247,6 +295,22 @@ impl Model {
             .ok_or_else(|| error(&format!("inode {inode}"), libc::ESTALE))
     }
 
+    /// As the kernel: an inode with a lock takes no bytes and attributes, gives up no name and gets none.
+    fn unlocked(&self, inode: Identity) -> Step<()> {
+        match self.known(inode)?.flags.locks() {
+            0 => Ok(()),
+            _ => Err(error("locked", libc::EPERM)),
+        }
+    }
+
+    /// An append-only directory gets new names.
+    fn takes_names(&self, directory: Identity) -> Step<()> {
+        if self.is_immutable(directory) {
+            return Err(error("immutable", libc::EPERM));
+        }
+        Ok(())
+    }
+
     fn known_mut(&mut self, inode: Identity) -> Step<&mut Node> {
         self.nodes
             .get_mut(&inode)
@@ -272,6 +336,7 @@ impl Volume for Model {
                 size: node.size(),
                 mtime_ns: node.mtime_ns,
                 born_ns: Some(node.born_ns),
+                is_locked: node.flags.locks() != 0,
             }))
     }
 
@@ -304,6 +369,7 @@ impl Volume for Model {
 
     fn create(&mut self, directory: Identity, name: &[u8], kind: Kind<'_>) -> Step<Identity> {
         self.free(directory, name)?;
+        self.takes_names(directory)?;
         self.spend()?;
         let identity = self.allocate();
         let format = match kind {
@@ -327,6 +393,7 @@ impl Volume for Model {
     }
 
     fn set_stamp(&mut self, inode: Identity, stamp: Option<Stamp>) -> Step<()> {
+        self.unlocked(inode)?;
         self.spend()?;
         self.known_mut(inode)?.stamp = stamp;
         Ok(())
@@ -338,6 +405,8 @@ impl Volume for Model {
         if node.is_directory() || node.links == 0 {
             return Err(error("link", libc::EPERM));
         }
+        self.unlocked(inode)?;
+        self.takes_names(directory)?;
         self.spend()?;
         self.known_mut(inode)?.links += 1;
         self.entries_mut(directory).insert(name.to_vec(), inode);
@@ -352,6 +421,9 @@ impl Volume for Model {
         if self.known(child)?.is_directory() && self.contains_directory(child, to.0) {
             return Err(error("rename into itself", libc::EINVAL));
         }
+        self.unlocked(from.0)?;
+        self.unlocked(child)?;
+        self.takes_names(to.0)?;
         self.spend()?;
         self.entries_mut(from.0).remove(from.1);
         self.entries_mut(to.0).insert(to.1.to_vec(), child);
@@ -365,6 +437,8 @@ impl Volume for Model {
         if self.known(child)?.is_directory() {
             return Err(error("unlink", libc::EISDIR));
         }
+        self.unlocked(directory)?;
+        self.unlocked(child)?;
         self.spend()?;
         self.entries_mut(directory).remove(name);
         self.drop_link(child);
@@ -380,6 +454,8 @@ impl Volume for Model {
             Body::Directory(_) => return Err(error("rmdir", libc::ENOTEMPTY)),
             _ => return Err(error("rmdir", libc::ENOTDIR)),
         }
+        self.unlocked(directory)?;
+        self.unlocked(child)?;
         self.spend()?;
         self.entries_mut(directory).remove(name);
         self.drop_link(child);
@@ -387,9 +463,10 @@ impl Volume for Model {
     }
 
     fn write(&mut self, inode: Identity, offset: u64, bytes: &[u8]) -> Step<()> {
-        self.known(inode)?;
+        self.unlocked(inode)?;
         self.spend()?;
         self.write_bytes(inode, offset as usize, bytes);
+        self.lose_capability(inode);
         Ok(())
     }
 
@@ -397,32 +474,37 @@ impl Volume for Model {
         if end > self.known(inode)?.size() || start >= end {
             return Err(error("zero beyond the size", libc::EINVAL));
         }
+        self.unlocked(inode)?;
         self.spend()?;
-        self.write_bytes(inode, start as usize, &vec![0; (end - start) as usize]);
+        self.zero_bytes(inode, start as usize, (end - start) as usize, false);
+        self.lose_capability(inode);
         Ok(())
     }
 
     fn set_size(&mut self, inode: Identity, size: u64) -> Step<()> {
-        self.known(inode)?;
+        self.unlocked(inode)?;
         self.spend()?;
         self.resize(inode, size as usize);
+        self.lose_capability(inode);
         Ok(())
     }
 
     fn set_owner(&mut self, inode: Identity, uid: u32, gid: u32) -> Step<()> {
+        self.unlocked(inode)?;
         self.spend()?;
         let node = self.known_mut(inode)?;
         (node.uid, node.gid) = (uid, gid);
         if !node.is_directory() {
             node.mode &= !0o6000;
         }
+        node.lose_capability();
         Ok(())
     }
 
     fn set_permissions(&mut self, inode: Identity, mode: u32) -> Step<()> {
+        self.unlocked(inode)?;
         self.spend()?;
-        let node = self.known_mut(inode)?;
-        node.mode = node.mode & 0o170_000 | mode & 0o7777;
+        self.known_mut(inode)?.set_mode(mode);
         Ok(())
     }
 
@@ -432,10 +514,56 @@ impl Volume for Model {
         atime_ns: Option<i64>,
         mtime_ns: Option<i64>,
     ) -> Step<()> {
+        self.unlocked(inode)?;
         self.spend()?;
         let node = self.known_mut(inode)?;
         node.atime_ns = atime_ns.unwrap_or(node.atime_ns);
         node.mtime_ns = mtime_ns.unwrap_or(node.mtime_ns);
+        Ok(())
+    }
+
+    fn attributes(&mut self, inode: Identity) -> Step<BTreeMap<Vec<u8>, Vec<u8>>> {
+        Ok(self.known(inode)?.attributes.clone())
+    }
+
+    fn set_attribute(&mut self, inode: Identity, name: &[u8], value: Option<&[u8]>) -> Step<()> {
+        self.unlocked(inode)?;
+        if let Some((refused, code)) = &self.refused
+            && refused == name
+        {
+            return Err(error("refused", *code));
+        }
+        self.spend()?;
+        let node = self.known_mut(inode)?;
+        let mut then = node.attributes.clone();
+        then.insert(name.to_vec(), value.unwrap_or_default().to_vec());
+        if value.is_some() && attribute_bytes(&then) > ATTRIBUTE_BYTES_MAX {
+            return Err(error("no room for attributes", libc::ENOSPC));
+        }
+        node.put_attribute(name, value);
+        Ok(())
+    }
+
+    fn flags(&mut self, inode: Identity) -> Step<Option<InodeFlags>> {
+        let node = self.nodes.get(&inode);
+        let has_flags = |node: &&Node| matches!(node.body, Body::File(_) | Body::Directory(_));
+        Ok(node.filter(has_flags).map(|node| node.flags))
+    }
+
+    fn set_flags(&mut self, inode: Identity, flags: InodeFlags) -> Step<()> {
+        let now = self.known(inode)?.flags;
+        let only_locks = InodeFlags {
+            flags: now.flags & !InodeFlags::LOCKS | flags.flags & InodeFlags::LOCKS,
+            ..now
+        };
+        if self.is_immutable(inode) && flags.flags & IMMUTABLE != 0 && flags != only_locks {
+            return Err(error("immutable", libc::EPERM));
+        }
+        if flags.flags & self.refused_flags != 0 {
+            return Err(error("flags", libc::EOPNOTSUPP));
+        }
+        self.spend()?;
+        self.known_mut(inode)?.flags = flags;
         Ok(())
     }
 

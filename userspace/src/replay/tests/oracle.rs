@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::attributes::extended_of;
 use super::model::{Body, Model};
 use super::world::{Event, Name, Op};
 use crate::ids::{Epoch, Identity};
@@ -12,6 +13,8 @@ pub(super) struct Touched {
     pub(super) names: BTreeSet<(Identity, Name)>,
     pub(super) content: BTreeSet<Identity>,
     pub(super) attributes: BTreeSet<Identity>,
+    /// Inodes whose extended attributes or flags it may have changed.
+    pub(super) extended: BTreeSet<Identity>,
     pub(super) links: BTreeSet<Identity>,
     /// Inodes whose last link went.
     pub(super) removed: BTreeSet<Identity>,
@@ -36,11 +39,23 @@ impl Touched {
 
     fn add(&mut self, event: &Event, before: &Model, after: &Model) {
         match &event.op {
-            Op::Write { file: inode, .. } | Op::Truncate { file: inode, .. } => {
+            Op::Write { file: inode, .. }
+            | Op::Direct { file: inode, .. }
+            | Op::Store { file: inode, .. }
+            | Op::Zero { file: inode, .. }
+            | Op::Truncate { file: inode, .. } => {
                 self.content.insert(*inode);
                 self.attributes.insert(*inode);
+                self.extended.insert(*inode);
             }
-            Op::Chmod { inode, .. } | Op::Chown { inode, .. } | Op::Utimes { inode, .. } => {
+            Op::SetAttribute { inode, .. }
+            | Op::SetFlags { inode, .. }
+            | Op::Chmod { inode, .. }
+            | Op::Chown { inode, .. } => {
+                self.attributes.insert(*inode);
+                self.extended.insert(*inode);
+            }
+            Op::Utimes { inode, .. } => {
                 self.attributes.insert(*inode);
             }
             Op::Create {
@@ -172,7 +187,11 @@ impl Oracle<'_> {
             let path = format!("{path}/{}", name.escape_ascii());
             let place = (want, name.clone());
             let was_ahead = self.deleted_ahead(child);
-            if was_ahead && self.before_had(got, &name) && !got_entries.contains_key(&name) {
+            // Of a name that no merged record mentions nobody can know whose it was.
+            let was_taken = self.mentioned.contains(&place)
+                && self.before_had(got, &name)
+                && !got_entries.contains_key(&name);
+            if was_ahead && was_taken {
                 return Err(format!("{path}: what the disk had there was taken away"));
             }
             let free = was_ahead
@@ -225,6 +244,10 @@ impl Oracle<'_> {
             if want.mtime_ns != got.mtime_ns {
                 return what("mtime", want.mtime_ns.to_string(), got.mtime_ns.to_string());
             }
+        }
+        if same(&self.touched.extended) && extended_of(want) != extended_of(got) {
+            let show = |node| format!("{:x?}", extended_of(node));
+            return what("extended state", show(want), show(got));
         }
         match &want.body {
             Body::Directory(_) => return self.directory(want_id, got_id, path),
@@ -296,8 +319,11 @@ pub(super) fn tree(model: &Model) -> Vec<String> {
             node.mtime_ns
         };
         lines.push(format!(
-            "{path} = {first} {:o} {}:{} {time} {body}",
-            node.mode, node.uid, node.gid
+            "{path} = {first} {:o} {}:{} {time} {body} {:x?}",
+            node.mode,
+            node.uid,
+            node.gid,
+            extended_of(node)
         ));
         for (name, child) in model.entries(inode).into_iter().rev() {
             open.push((format!("{path}/{}", name.escape_ascii()), child));

@@ -2,13 +2,15 @@
 
 use std::path::Path;
 
-use super::cases::{Case, cases};
+use super::attributes::IMMUTABLE;
+use super::cases::{Case, Ran, run_cases};
 use super::loopfs::{Format, LiveDisk, Mounted, left_out, read};
 use super::oracle::Touched;
 use super::stopping::Stopping;
 use super::world::{NewKind, Op, Random, World};
 use crate::capture::handle;
 use crate::ids::{Epoch, Seq};
+use crate::record::extended::InodeFlags;
 use crate::replay::apply::apply_to;
 use crate::replay::disk::Disk;
 use crate::replay::plan::Plan;
@@ -28,12 +30,7 @@ pub(super) fn sentinel_of(epoch: u64, seq: usize) -> Sentinel {
 
 /// A fresh file system, as protection begins on it.
 pub(super) fn protected(directory: &Path, name: &str, format: Format) -> Mounted {
-    let bytes = if format == Format::Ext4 {
-        24 << 20
-    } else {
-        320 << 20
-    };
-    let mounted = Mounted::make(directory, name, format, bytes);
+    let mounted = Mounted::make(directory, name, format, format.image_bytes());
     let mut file = SentinelFile::open(&mounted.mount).expect("a sentinel file");
     file.write(&sentinel_of(7, 0)).expect("a sentinel");
     let mut disk = Disk::open(&mounted.mount).expect("open");
@@ -52,17 +49,23 @@ pub(super) fn scratch() -> tempfile::TempDir {
         .expect("scratch")
 }
 
-fn run_one(seed: u64, format: Format, scratch: &Path) -> Result<(), String> {
+fn run_one(seed: u64, format: Format, scratch: &Path) -> Result<Ran, String> {
     let mut shape = Random(seed ^ 0x4ea1);
     let mounted = protected(scratch, "live", format);
     let mut live = LiveDisk::new(&mounted.mount);
     let root = live.root();
     let mut world = World::new(seed, root, Some(&mut live));
     world.file_bytes_max = 20_000;
+    world.has_projects = format == Format::Xfs;
     let (before, after) = (5 + shape.below(40), shape.below(20));
     let mut case = Case::random(world, before, after);
     for _ in 0..2 {
-        let crashed = mounted.crash(scratch, "crashed", format);
+        let crashed = match mounted.try_to_crash(scratch, "crashed", format) {
+            Ok(crashed) => crashed,
+            // The kernel's recovery of fast commits fails now and then, whatever is merged afterwards.
+            Err(_) if format == Format::Ext4FastCommit => return Ok(Ran::NotRecovered),
+            Err(text) => return Err(text),
+        };
         let mut touched = case.touched(case.world.events.len(), &|_| true);
         if format == Format::Xfs {
             touched.attributes.extend(case.exchanged_directories());
@@ -71,7 +74,7 @@ fn run_one(seed: u64, format: Format, scratch: &Path) -> Result<(), String> {
             .map_err(|e| format!("{e}\n{}\n{}", case.history(), case.plan()))?;
         case = case.random_cut();
     }
-    Ok(())
+    Ok(Ran::Merged)
 }
 
 fn replay_twice(
@@ -116,7 +119,7 @@ fn replay_twice(
     let stamped = read(mount)
         .nodes
         .values()
-        .filter(|node| node.stamp.is_some())
+        .filter(|node| node.stamp.is_some() && node.flags.locks() == 0)
         .count();
     if stamped > 0 {
         return Err(format!("{what}: {stamped} stamps are left"));
@@ -135,38 +138,51 @@ fn interrupted(plan: &Plan<'_>, mount: &Path, stop: u64) -> Result<bool, String>
     }
 }
 
-fn run_many(format: Format, test: &str, default: u64) {
-    if left_out(test) {
+fn run_many(format: Format, test: &str) {
+    if left_out(test) || format == Format::Btrfs && !is_known(format) {
         return;
     }
     let directory = scratch();
-    let first = std::env::var("TWINWRITE_SEED")
-        .ok()
-        .and_then(|n| n.parse().ok());
-    let count = (cases(default * 50) / 50).clamp(1, 1000);
-    for seed in first.map_or(0..count, |seed| seed..seed + 1) {
-        if let Err(text) = run_one(seed, format, directory.path()) {
-            panic!("TWINWRITE_SEED={seed}: {text}");
+    run_cases(format.name(), test, "TWINWRITE_MOUNTED_CASES", 12, |seed| {
+        run_one(seed, format, directory.path())
+    });
+}
+
+/// Whether replay can reach the files of such a file system by their handles.
+fn is_known(format: Format) -> bool {
+    let scratch = scratch();
+    let mounted = Mounted::make(scratch.path(), "probe", format, format.image_bytes());
+    match Disk::open(&mounted.mount) {
+        Ok(_) => true,
+        Err(error) => {
+            println!("{}: SKIPPED: {error}", format.name());
+            false
         }
     }
 }
 
 #[test]
 fn random_histories_on_ext4_end_as_they_were_at_the_cut() {
-    run_many(
-        Format::Ext4,
-        "random_histories_on_ext4_end_as_they_were_at_the_cut",
-        30,
-    );
+    let test = "random_histories_on_ext4_end_as_they_were_at_the_cut";
+    run_many(Format::Ext4, test);
+}
+
+#[test]
+fn random_histories_on_ext4_with_fast_commits_end_as_they_were_at_the_cut() {
+    let test = "random_histories_on_ext4_with_fast_commits_end_as_they_were_at_the_cut";
+    run_many(Format::Ext4FastCommit, test);
 }
 
 #[test]
 fn random_histories_on_xfs_end_as_they_were_at_the_cut() {
-    run_many(
-        Format::Xfs,
-        "random_histories_on_xfs_end_as_they_were_at_the_cut",
-        10,
-    );
+    let test = "random_histories_on_xfs_end_as_they_were_at_the_cut";
+    run_many(Format::Xfs, test);
+}
+
+#[test]
+fn random_histories_on_btrfs_end_as_they_were_at_the_cut() {
+    let test = "random_histories_on_btrfs_end_as_they_were_at_the_cut";
+    run_many(Format::Btrfs, test);
 }
 
 /// A volume of 24 MiB, and a log that makes a file of 4 MiB on it.
@@ -218,8 +234,8 @@ fn a_full_ext4_stops_the_replay_and_loses_nothing() {
 }
 
 #[test]
-fn an_immutable_file_stops_the_replay_with_its_remedy() {
-    if left_out("an_immutable_file_stops_the_replay_with_its_remedy") {
+fn an_immutable_file_is_written_and_immutable_again() {
+    if left_out("an_immutable_file_is_written_and_immutable_again") {
         return;
     }
     let scratch = scratch();
@@ -231,19 +247,25 @@ fn an_immutable_file_stops_the_replay_with_its_remedy() {
     let count = world.events.len();
     let case = Case::with_cut(world, count);
     let path = mounted.mount.join("big");
-    let chattr = |flag: &str| {
-        let status = std::process::Command::new("chattr")
-            .arg(flag)
-            .arg(&path)
-            .status();
-        assert!(status.expect("chattr exists").success());
+    let lsattr = || {
+        let file = std::fs::File::open(&path).expect("open");
+        let flags = handle::flags_of(file).expect("flags");
+        flags.expect("it has some")
     };
-    chattr("+i");
-    let error = apply(&case.plan(), &mounted.mount, &mut |_| {}).expect_err("immutable");
-    chattr("-i");
-    assert!(matches!(error, ReplayError::Locked(_)), "{error}");
-    assert!(error.to_string().contains("chattr -ia"), "{error}");
-    apply(&case.plan(), &mounted.mount, &mut |_| {}).expect("run again");
+    let unlocked = lsattr();
+    let lock = InodeFlags {
+        flags: unlocked.flags | IMMUTABLE,
+        ..unlocked
+    };
+    handle::set_flags(std::fs::File::open(&path).expect("open"), lock).expect("chattr +i");
+    for stop in 0..8 {
+        assert!(interrupted(&case.plan(), &mounted.mount, stop).expect("stopped"));
+    }
+    apply(&case.plan(), &mounted.mount, &mut |_| {}).expect("replay");
+    assert_ne!(lsattr().locks(), 0);
+    let bytes = std::fs::read(&path).expect("read");
+    assert_eq!(bytes.len(), 4 << 20);
+    handle::set_flags(std::fs::File::open(&path).expect("open"), unlocked).expect("chattr -i");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! A volume that stops working after some changing steps.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use crate::ids::Identity;
+use crate::record::extended::InodeFlags;
 use crate::replay::plan::Kind;
 use crate::replay::volume::{Stamp, Stat, Step, Volume, VolumeError};
 
@@ -127,6 +129,24 @@ impl<V: Volume> Volume for Stopping<V> {
     ) -> Step<()> {
         self.spend()?;
         self.volume.set_times(inode, atime_ns, mtime_ns)
+    }
+
+    fn attributes(&mut self, inode: Identity) -> Step<BTreeMap<Vec<u8>, Vec<u8>>> {
+        self.volume.attributes(inode)
+    }
+
+    fn set_attribute(&mut self, inode: Identity, name: &[u8], value: Option<&[u8]>) -> Step<()> {
+        self.spend()?;
+        self.volume.set_attribute(inode, name, value)
+    }
+
+    fn flags(&mut self, inode: Identity) -> Step<Option<InodeFlags>> {
+        self.volume.flags(inode)
+    }
+
+    fn set_flags(&mut self, inode: Identity, flags: InodeFlags) -> Step<()> {
+        self.spend()?;
+        self.volume.set_flags(inode, flags)
     }
 
     fn sync(&mut self) -> Step<()> {

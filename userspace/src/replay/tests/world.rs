@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use super::attributes::Seen;
 use super::model::Model;
+use super::perform::{affected, perform};
 use crate::ids::{Epoch, Identity, RingPos, Seq};
-use crate::record::{AttrBody, NameBody, RecordHeader, RecordView, encode, flag, op};
+use crate::record::{RecordView, op};
 use crate::replay::plan::Kind;
 use crate::replay::{Fill, LogItem, ReplayInput};
 
@@ -81,6 +83,25 @@ pub(super) enum Op {
         bytes: Vec<u8>,
         bytes_in_ring: bool,
     },
+    /// A write past the page cache, within the size and without the inode's lock.
+    Direct {
+        file: Identity,
+        at: usize,
+        bytes: Vec<u8>,
+    },
+    /// A store through a shared mapping, and the snapshot of its pages.
+    Store {
+        file: Identity,
+        at: usize,
+        bytes: Vec<u8>,
+    },
+    /// A hole, or zeroed blocks, which may make the file longer.
+    Zero {
+        file: Identity,
+        at: usize,
+        len: usize,
+        grows: bool,
+    },
     Truncate {
         file: Identity,
         size: usize,
@@ -123,6 +144,17 @@ pub(super) enum Op {
         atime_ns: i64,
         mtime_ns: i64,
     },
+    SetAttribute {
+        inode: Identity,
+        name: Vec<u8>,
+        value: Option<Vec<u8>>,
+    },
+    /// Of the flags those in [`super::attributes::FLAGS`].
+    SetFlags {
+        inode: Identity,
+        flags: u32,
+        project: u32,
+    },
     /// `entered`: how many operations had happened when the call began.
     Fsync {
         inode: Identity,
@@ -145,8 +177,8 @@ pub(super) struct Event {
     pub(super) made: Option<Identity>,
     /// Records in the log after it.
     pub(super) records: usize,
-    /// The model's attributes after it: inode, mode, uid, gid, mtime, atime.
-    pub(super) attributes: Vec<(Identity, u32, u32, u32, i64, i64)>,
+    /// What it left of the inodes that it changed.
+    pub(super) attributes: Vec<(Identity, Seen)>,
 }
 
 #[derive(Clone, Debug)]
@@ -159,7 +191,7 @@ struct Entry {
 /// The log that capture writes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Log {
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     entries: Vec<Entry>,
 }
 
@@ -173,7 +205,7 @@ impl Log {
         self.entries.len()
     }
 
-    fn note(&mut self, start: usize, fill: Option<Vec<u8>>) {
+    pub(super) fn note(&mut self, start: usize, fill: Option<Vec<u8>>) {
         self.entries.push(Entry {
             start,
             end: self.bytes.len(),
@@ -198,13 +230,8 @@ impl Log {
             .map(|pair| {
                 let (index, start, end) = item(pair);
                 let record = RecordView::parse(&self.bytes[start..end], start).expect("own record");
-                let fill = self.entries[index].fill.as_ref().map(|bytes| {
-                    let (left, right) = bytes.split_at(bytes.len() / 2);
-                    Fill {
-                        pieces: vec![(0, left), (left.len() as u32, right)],
-                        gone: false,
-                    }
-                });
+                let fill = self.entries[index].fill.as_ref();
+                let fill = fill.map(|bytes| fill_of(&record, bytes));
                 let ring_pos = RingPos((1 << 20) + start as u64);
                 LogItem {
                     seq: Seq(index as u64 + 1),
@@ -241,12 +268,30 @@ impl Log {
     }
 }
 
+/// The bytes of a record as the region has them: those of a WRITE in pieces.
+fn fill_of<'a>(record: &RecordView<'_>, bytes: &'a [u8]) -> Fill<'a> {
+    let len = match record.header.op {
+        op::EXTENDED => bytes.len(),
+        _ => bytes.len().div_ceil(3),
+    };
+    let mut offset = 0;
+    let pieces = bytes.chunks(len.max(1)).map(|piece| {
+        let at = offset;
+        offset += piece.len() as u32;
+        (at, piece)
+    });
+    Fill {
+        pieces: pieces.collect(),
+        gone: bytes.len() < record.header.data_len as usize,
+    }
+}
+
 /// What runs operations for real, and tells what came of them.
 pub(super) trait Live {
     /// Runs it; the identity of what it made.
     fn run(&mut self, op: &Op) -> Option<Identity>;
-    /// Mode, owner, group, mtime, atime of an inode now.
-    fn attributes(&mut self, inode: Identity) -> Option<(u32, u32, u32, i64, i64)>;
+    /// What an inode is now.
+    fn see(&mut self, inode: Identity) -> Option<Seen>;
 }
 
 /// A model, what happened to it, and the log.
@@ -255,24 +300,13 @@ pub(super) struct World<'l> {
     pub(super) events: Vec<Event>,
     pub(super) log: Log,
     /// Log position when each event began.
-    positions: Vec<u64>,
+    pub(super) positions: Vec<u64>,
     pub(super) live: Option<&'l mut dyn Live>,
     pub(super) random: Random,
     /// Largest file, in bytes.
     pub(super) file_bytes_max: usize,
-}
-
-fn header(operation: u8, identity: Identity, model: &Model) -> RecordHeader {
-    let node = model.nodes.get(&identity);
-    RecordHeader {
-        op: operation,
-        ino: identity.ino,
-        generation: identity.generation,
-        mode: node.map_or(0, |n| n.mode),
-        size_after: node.map_or(0, super::model::Node::size),
-        time_ns: node.map_or(0, |n| n.mtime_ns),
-        ..RecordHeader::default()
-    }
+    /// The file system has quota projects.
+    pub(super) has_projects: bool,
 }
 
 impl World<'_> {
@@ -292,13 +326,13 @@ impl World<'_> {
         let mut attributes = Vec::new();
         for inode in affected(&before, &op, made) {
             if let Some(live) = &mut self.live
-                && let Some(now) = live.attributes(inode)
+                && let Some(now) = live.see(inode)
                 && let Some(node) = self.model.nodes.get_mut(&inode)
             {
-                (node.mode, node.uid, node.gid, node.mtime_ns, node.atime_ns) = now;
+                now.put_into(node);
             }
-            if let Some(n) = self.model.nodes.get(&inode) {
-                attributes.push((inode, n.mode, n.uid, n.gid, n.mtime_ns, n.atime_ns));
+            if let Some(node) = self.model.nodes.get(&inode) {
+                attributes.push((inode, Seen::of(node)));
             }
         }
         self.record(&before, &op, made);
@@ -308,274 +342,6 @@ impl World<'_> {
             records: self.log.len(),
             attributes,
         });
-    }
-
-    fn record(&mut self, before: &Model, op: &Op, made: Option<Identity>) {
-        let start = self.log.bytes.len();
-        let mut fill = None;
-        let (model, out) = (&self.model, &mut self.log.bytes);
-        match op {
-            Op::Write {
-                file,
-                at,
-                bytes,
-                bytes_in_ring,
-            } => {
-                let header = RecordHeader {
-                    pos: *at as u64,
-                    ..header(op::WRITE, *file, model)
-                };
-                if *bytes_in_ring {
-                    encode::push_write(out, header, bytes);
-                } else {
-                    encode::push_write_without_bytes(out, header, bytes.len() as u32);
-                    fill = Some(bytes.clone());
-                }
-            }
-            Op::Truncate { file, .. } => setattr(out, model, *file, 1 << 3),
-            Op::Chmod { inode, .. } => setattr(out, model, *inode, 1),
-            Op::Chown { inode, .. } => setattr(out, model, *inode, 1 << 1 | 1 << 2),
-            Op::Utimes { inode, .. } => setattr(out, model, *inode, 1 << 4 | 1 << 5 | 3 << 7),
-            Op::Create {
-                directory,
-                name,
-                kind,
-                ..
-            } => {
-                let child = made.expect("made");
-                let (operation, target) = match kind {
-                    NewKind::Symlink(target) => (op::SYMLINK, target.as_slice()),
-                    _ => (op::CREATE, &[][..]),
-                };
-                let (head, mut body) = name_record(operation, model, child, *directory);
-                if let NewKind::Device(rdev) = kind {
-                    body.rdev = *rdev;
-                }
-                encode::push_name(out, head, body, name, b"", target);
-            }
-            Op::Tmpfile => {
-                let child = made.expect("made");
-                let (mut head, body) = name_record(op::TMPFILE, model, child, model.root);
-                (head.pos, head.arg) = (0, 0);
-                encode::push_name(out, head, body, b"", b"", b"");
-            }
-            Op::Link {
-                file,
-                directory,
-                name,
-            } => {
-                let (mut head, body) = name_record(op::LINK, model, *file, *directory);
-                if before.nodes[file].links == 0 {
-                    head.flags |= flag::FROM_TMPFILE;
-                }
-                encode::push_name(out, head, body, name, b"", b"");
-            }
-            Op::Unlink { directory, name } => {
-                let child = before.entries(*directory)[name];
-                let (mut head, mut body) = name_record(op::UNLINK, model, child, *directory);
-                head.mode = before.nodes[&child].mode;
-                body.nlink = model.nodes.get(&child).map_or(0, |n| n.links);
-                encode::push_name(out, head, body, name, b"", b"");
-            }
-            Op::Rename { from, to } | Op::Exchange { from, to } => {
-                let exchange = matches!(op, Op::Exchange { .. });
-                let operation = if exchange { op::EXCHANGE } else { op::RENAME };
-                let child = before.entries(from.0)[&from.1];
-                let (head, mut body) = name_record(operation, model, child, from.0);
-                body.new_parent_ino = to.0.ino;
-                body.new_parent_generation = to.0.generation;
-                body.new_parent_time_ns = model.nodes[&to.0].mtime_ns;
-                if let Some(victim) = before.entries(to.0).get(&to.1) {
-                    body.victim_ino = victim.ino;
-                    body.victim_generation = victim.generation;
-                    body.victim_nlink = model.nodes.get(victim).map_or(0, |n| n.links);
-                }
-                encode::push_name(out, head, body, &from.1, &to.1, b"");
-            }
-            Op::Fsync {
-                inode,
-                start,
-                last,
-                datasync,
-                entered,
-            } => {
-                let unlinked = model.nodes[inode].links == 0;
-                let flags = if *datasync { flag::DATASYNC } else { 0 }
-                    | if unlinked { flag::UNLINKED } else { 0 };
-                let arg = self.positions[*entered];
-                let head = RecordHeader {
-                    pos: *start,
-                    size_after: *last,
-                    arg,
-                    flags,
-                    ..header(op::FSYNC, *inode, model)
-                };
-                encode::push(out, head, b"");
-            }
-            Op::Flush | Op::Checkpoint => return,
-        }
-        self.log.note(start, fill);
-    }
-}
-
-fn name_record(
-    operation: u8,
-    model: &Model,
-    child: Identity,
-    parent: Identity,
-) -> (RecordHeader, NameBody) {
-    let node = model.nodes.get(&child);
-    let head = RecordHeader {
-        pos: parent.ino,
-        arg: parent.generation.into(),
-        ..header(operation, child, model)
-    };
-    let body = NameBody {
-        uid: node.map_or(0, |n| n.uid),
-        gid: node.map_or(0, |n| n.gid),
-        nlink: node.map_or(0, |n| n.links),
-        parent_time_ns: model.nodes.get(&parent).map_or(0, |n| n.mtime_ns),
-        ..NameBody::default()
-    };
-    (head, body)
-}
-
-fn setattr(out: &mut Vec<u8>, model: &Model, inode: Identity, valid: u64) {
-    let node = &model.nodes[&inode];
-    let attributes = AttrBody {
-        atime_ns: node.atime_ns,
-        uid: node.uid,
-        gid: node.gid,
-        nlink: node.links,
-        reserved: [0; 11],
-    };
-    let head = RecordHeader {
-        arg: valid,
-        ..header(op::SETATTR, inode, model)
-    };
-    encode::push_setattr(out, head, attributes);
-}
-
-/// The inodes whose attributes an operation changes.
-fn affected(before: &Model, op: &Op, made: Option<Identity>) -> Vec<Identity> {
-    let mut inodes: Vec<Identity> = made.into_iter().collect();
-    match op {
-        Op::Write { file: inode, .. }
-        | Op::Truncate { file: inode, .. }
-        | Op::Chmod { inode, .. }
-        | Op::Chown { inode, .. }
-        | Op::Utimes { inode, .. } => inodes.push(*inode),
-        Op::Create { directory, .. } => inodes.push(*directory),
-        Op::Link {
-            file, directory, ..
-        } => inodes.extend([*file, *directory]),
-        Op::Unlink { directory, name } => {
-            inodes.extend([*directory, before.entries(*directory)[name]]);
-        }
-        Op::Rename { from, to } | Op::Exchange { from, to } => {
-            inodes.extend([from.0, to.0]);
-            inodes.extend(before.entries(from.0).get(&from.1));
-            inodes.extend(before.entries(to.0).get(&to.1));
-        }
-        Op::Tmpfile | Op::Fsync { .. } | Op::Flush | Op::Checkpoint => {}
-    }
-    inodes
-}
-
-/// Runs an operation on a model, as far as its inodes are there.
-pub(super) fn perform(model: &mut Model, op: &Op, made: Option<Identity>) {
-    let now_ns = model.now_ns;
-    match op {
-        Op::Write {
-            file, at, bytes, ..
-        } => model.write_bytes(*file, *at, bytes),
-        Op::Truncate { file, size } => model.resize(*file, *size),
-        Op::Create {
-            directory,
-            name,
-            kind,
-            mode,
-        } => {
-            let identity = made.expect("made");
-            model.insert(identity, kind.kind(), kind.format() | mode);
-            model.entries_mut(*directory).insert(name.clone(), identity);
-        }
-        Op::Tmpfile => {
-            let identity = made.expect("made");
-            model.insert(identity, Kind::File, 0o100_600);
-            model.held.insert(identity);
-            if let Some(node) = model.nodes.get_mut(&identity) {
-                node.links = 0;
-            }
-        }
-        Op::Link {
-            file,
-            directory,
-            name,
-        } => {
-            if let Some(node) = model.nodes.get_mut(file) {
-                node.links += 1;
-                model.held.remove(file);
-                model.entries_mut(*directory).insert(name.clone(), *file);
-            }
-        }
-        Op::Unlink { directory, name } => {
-            if let Some(child) = model.entries_mut(*directory).remove(name) {
-                model.drop_link(child);
-            }
-        }
-        Op::Rename { from, to } => {
-            let child = model.entries(from.0)[&from.1];
-            if model.entries(to.0).get(&to.1) == Some(&child) {
-                return;
-            }
-            model.entries_mut(from.0).remove(&from.1);
-            if let Some(victim) = model.entries_mut(to.0).insert(to.1.clone(), child) {
-                model.drop_link(victim);
-            }
-        }
-        Op::Exchange { from, to } => {
-            let (one, two) = (model.entries(from.0)[&from.1], model.entries(to.0)[&to.1]);
-            model.entries_mut(from.0).insert(from.1.clone(), two);
-            model.entries_mut(to.0).insert(to.1.clone(), one);
-        }
-        Op::Chmod { inode, mode } => {
-            if let Some(node) = model.nodes.get_mut(inode) {
-                node.mode = node.mode & 0o170_000 | mode;
-            }
-        }
-        Op::Chown { inode, uid, gid } => {
-            if let Some(node) = model.nodes.get_mut(inode) {
-                (node.uid, node.gid) = (*uid, *gid);
-                if !node.is_directory() {
-                    node.mode &= !0o6000;
-                }
-            }
-        }
-        Op::Utimes {
-            inode,
-            atime_ns,
-            mtime_ns,
-        } => {
-            if let Some(node) = model.nodes.get_mut(inode) {
-                (node.atime_ns, node.mtime_ns) = (*atime_ns, *mtime_ns);
-            }
-        }
-        Op::Fsync { .. } | Op::Flush | Op::Checkpoint => {}
-    }
-    let _ = now_ns;
-}
-
-/// Sets the attributes that an event left.
-pub(super) fn adopt(model: &mut Model, event: &Event) {
-    for (inode, mode, uid, gid, mtime_ns, atime_ns) in &event.attributes {
-        if let Some(node) = model.nodes.get_mut(inode) {
-            (node.mode, node.uid, node.gid) = (*mode, *uid, *gid);
-            (node.mtime_ns, node.atime_ns) = (*mtime_ns, *atime_ns);
-            if event.made == Some(*inode) {
-                node.born_ns = *mtime_ns;
-            }
-        }
     }
 }
 
@@ -589,6 +355,7 @@ impl<'l> World<'l> {
             live,
             random: Random(seed),
             file_bytes_max: 64,
+            has_projects: true,
         }
     }
 }
