@@ -8,6 +8,7 @@
 
 pub mod applications;
 pub mod disk;
+pub mod endurance;
 pub mod fault;
 pub mod gating;
 pub mod history;

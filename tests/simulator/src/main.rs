@@ -44,6 +44,9 @@ struct Arguments {
     /// Go on behind violations, and count them by what they break.
     #[arg(long)]
     go_on: bool,
+    /// Send so many records through the cores, and print the memory that they take.
+    #[arg(long, value_name = "RECORDS")]
+    endurance: Option<u64>,
     /// Print the trace of a single run even if nothing is wrong.
     #[arg(long)]
     trace: bool,
@@ -70,6 +73,9 @@ fn main() -> ExitCode {
         Some((_, fault)) => fault,
         None => None,
     };
+    if let Some(records) = arguments.endurance {
+        return endurance(records);
+    }
     if arguments.faults {
         return all_faults(&arguments);
     }
@@ -96,6 +102,31 @@ fn main() -> ExitCode {
         arguments.seeds,
         arguments.steps,
         arguments.seeds as f64 / seconds
+    );
+    ExitCode::SUCCESS
+}
+
+fn endurance(records: u64) -> ExitCode {
+    let began = Instant::now();
+    let samples = match twinwrite_simulator::endurance::run(records) {
+        Ok(samples) => samples,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    for sample in samples {
+        println!(
+            "{} records: {} KiB resident, {} records and {} inodes held",
+            sample.records,
+            sample.resident_bytes / 1024,
+            sample.live_records,
+            sample.live_inodes
+        );
+    }
+    println!(
+        "{records} records in {:.1} s",
+        began.elapsed().as_secs_f64()
     );
     ExitCode::SUCCESS
 }

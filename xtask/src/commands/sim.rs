@@ -15,7 +15,7 @@ const PROFILE: &str = "sim";
 #[command(disable_help_flag = true)]
 pub struct Arguments {
     /// For the simulator: `--seed N`, `--seeds COUNT`, `--steps M`, `--fault NAME`, `--list-faults`,
-    /// `--faults`, `--threads T`, `--help`.
+    /// `--faults`, `--threads T`, `--endurance RECORDS`, `--help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     simulator: Vec<String>,
 }
