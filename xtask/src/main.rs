@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::commands::{build, coverage, demo, disk_ahead, faults, run, setup, sim, test, vm};
+use xtask::commands::{
+    build, coverage, demo, disk_ahead, faults, merge, run, setup, sim, test, vm,
+};
 use xtask::lab::daemon;
 
 /// Builds, tests, demonstrates and runs twinwrite.
@@ -27,6 +29,8 @@ enum Command {
     Demo(demo::Arguments),
     /// Run the cores against models of kernel, disk, network and crash, seed by seed.
     Sim(sim::Arguments),
+    /// Merge random logs into models of disks and into mounted file systems, seed by seed.
+    Merge(merge::Arguments),
     /// Crash machines whose disk is ahead of the mirror, and look for what was confirmed.
     DiskAhead(disk_ahead::Arguments),
     /// Carry out every operation that a volume can go through, crash, and write what became of each.
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Sim(arguments) => sim::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::DiskAhead(arguments) => disk_ahead::run(&arguments),
         Command::Coverage(arguments) => coverage::run(&arguments),
         Command::Faults(arguments) => faults::run(&arguments),

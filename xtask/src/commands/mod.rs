@@ -5,6 +5,7 @@ pub mod coverage;
 pub mod demo;
 pub mod disk_ahead;
 pub mod faults;
+pub mod merge;
 pub mod run;
 pub mod setup;
 pub mod sim;
