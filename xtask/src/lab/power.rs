@@ -36,6 +36,9 @@ const EMULATOR_OOPSES: [&str; 2] = ["Oops: int3", "RIP: 0010:text_poke_early+"];
 /// How an emulator ends that fell over itself: abort, bus error, illegal instruction, segmentation
 /// fault. Nothing that a guest does may bring that about.
 const EMULATOR_ENDS: [&str; 4] = ["signal 6", "signal 7", "signal 4", "signal 11"];
+/// What a kernel says when a processor sleeps on although its timer has run out. Before a machine takes
+/// commands nothing of what is tested runs on it: the emulator has lost that interrupt.
+const LOST_TIMER: &str = "kthread timer wakeup didn't happen";
 /// A machine is started so often at the most before it takes commands.
 pub(super) const BOOTS_MAX: usize = 4;
 
@@ -125,11 +128,18 @@ impl Lab {
     /// Waits until a started machine takes commands. A machine that the emulator broke on its way up
     /// is started again, since that tells nothing of what is tested: emulated processors may run into
     /// a breakpoint that the kernel has already taken back from its own code, or fault in the middle of
-    /// its being patched, which no real one does; and on a busy host the kernel may take its processor's
-    /// clock for many times slower than it is, so that its seconds fly.
+    /// its being patched, which no real one does; a timer's interrupt may get lost, and the kernel waits
+    /// for what never wakes; and on a busy host the kernel may take its processor's clock for many times
+    /// slower than it is, so that its seconds fly.
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
+                Err(_) if self.has_lost_its_timer(node) => {
+                    progress::note(&format!(
+                        "a timer of {node} was lost on its way up: booting again"
+                    ));
+                    self.end(node)?;
+                }
                 Err(error) => {
                     let fault = self.emulators_fault_on(node)?;
                     let Some(fault) = fault.filter(|_| self.is_dead(node)) else {
@@ -142,11 +152,7 @@ impl Lab {
                     progress::note(&format!(
                         "{node}'s kernel misjudged its clock, whose seconds fly: booting again"
                     ));
-                    self.done(&Request::Kill { node })?;
-                    self.done(&Request::WaitDead {
-                        node,
-                        timeout_s: DEATH_LIMIT_S,
-                    })?;
+                    self.end(node)?;
                 }
                 result => return result,
             }
@@ -160,6 +166,20 @@ impl Lab {
             );
         }
         Ok(())
+    }
+
+    fn end(&self, node: NodeName) -> Result<()> {
+        self.done(&Request::Kill { node })?;
+        let timeout_s = DEATH_LIMIT_S;
+        self.done(&Request::WaitDead { node, timeout_s }).map(drop)
+    }
+
+    /// Whether a machine that is not ready yet, and lives, waits for a timer's interrupt that never came.
+    fn has_lost_its_timer(&self, node: NodeName) -> bool {
+        let console = fs::read(self.console_log(node)).unwrap_or_default();
+        lost_its_timer(&String::from_utf8_lossy(&console))
+            && !self.is_dead(node)
+            && !self.share(node).join("ready").exists()
     }
 
     /// Whether a machine that is ready has been up for longer than it exists.
@@ -198,11 +218,13 @@ impl Lab {
         let deadline = Instant::now() + READY_LIMIT;
         while !ready.exists() {
             let ended = self.machine(node)?.ended;
-            if ended.is_some() || Instant::now() >= deadline {
-                let why = ended.map_or_else(
-                    || "is not ready in time".to_owned(),
-                    |end| format!("ended while booting ({})", end.how),
-                );
+            let is_late = Instant::now() >= deadline;
+            if ended.is_some() || is_late || self.has_lost_its_timer(node) {
+                let why = match ended {
+                    Some(end) => format!("ended while booting ({})", end.how),
+                    None if is_late => "is not ready in time".to_owned(),
+                    None => "does not come up".to_owned(),
+                };
                 let qemu = tail(&self.qemu_log(node), 5);
                 let console = tail(&self.console_log(node), 20);
                 bail!("machine {node} {why}\nqemu: {qemu}\nconsole:\n{console}");
@@ -287,6 +309,11 @@ fn emulators_fault(node: NodeName, end: Option<&MachineEnd>, console: &str) -> O
     broke.then(|| format!("the emulator broke {node}'s kernel while that patched its code"))
 }
 
+/// Whether a kernel found that a processor slept through its timer.
+fn lost_its_timer(console: &str) -> bool {
+    console.contains(LOST_TIMER)
+}
+
 /// Whether this uptime is impossible for a machine of this age; its clock may be a little off.
 fn flies(up_s: f64, exists_ms: i64) -> bool {
     up_s * 1000.0 > exists_ms as f64 * 1.2 + 1000.0
@@ -314,7 +341,7 @@ fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64>
 
 #[cfg(test)]
 mod tests {
-    use super::{CrashKind, emulators_fault, flies, judge};
+    use super::{CrashKind, emulators_fault, flies, judge, lost_its_timer};
     use crate::lab::config::NodeName;
     use crate::lab::process::ProcessId;
     use crate::lab::protocol::{MachineEnd, MachineStatus};
@@ -345,6 +372,14 @@ mod tests {
         assert!(fault(patching).is_some());
         let other = "Oops: general protection fault\nRIP: 0010:rxe_completer+0x12/0x900";
         assert!(fault(other).is_none());
+    }
+
+    #[test]
+    fn a_processor_that_slept_through_its_timer_is_known_from_a_busy_one() {
+        let starved = "rcu: rcu_preempt kthread starved for 5252 jiffies! g-1151 f0x0";
+        assert!(!lost_its_timer(starved));
+        let lost = "rcu: rcu_preempt kthread timer wakeup didn't happen for 5251 jiffies! g-1151";
+        assert!(lost_its_timer(&format!("{starved}\n{lost}")));
     }
 
     #[test]
