@@ -91,6 +91,8 @@ pub struct VolumeBoard {
     pub unpurged_bytes: Gauge,
     /// Bytes of the region's log.
     pub region_bytes: Gauge,
+    /// Errors that the file system has counted.
+    pub filesystem_errors: Gauge,
     /// Age of the oldest unflushed record, microseconds.
     pub oldest_unflushed_age_us: Gauge,
     /// Whether the ring's own memory is the source of the RDMA writes.
@@ -174,6 +176,7 @@ impl VolumeBoard {
             lag_us_peak: Gauge::default(),
             unpurged_bytes: Gauge::default(),
             region_bytes: Gauge::default(),
+            filesystem_errors: Gauge::default(),
             oldest_unflushed_age_us: Gauge::default(),
             zero_copy: AtomicBool::new(false),
             records: Default::default(),

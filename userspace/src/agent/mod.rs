@@ -10,6 +10,7 @@ mod closer;
 mod door;
 mod draining;
 pub mod exclusive;
+mod filesystem_health;
 pub mod filesystem_uuid;
 mod filler;
 mod fitness;

@@ -277,7 +277,7 @@ impl<'a> Owner<'a> {
     fn begin(&mut self) -> anyhow::Result<Option<Session>> {
         if self.unclosed.is_none() {
             let (mount, device) = (&self.volume.mount_point, self.capture.options().device);
-            watch::look_at_mount(mount, device).map_err(anyhow::Error::msg)?;
+            watch::look_at_mount(mount, device)?;
             let opened = self.door().open()?;
             return self.begin_new(opened).map(Some);
         }

@@ -178,6 +178,11 @@ impl<'a> Pump<'a> {
         })
     }
 
+    /// Asks for a checkpoint that begins after this call.
+    pub fn want_checkpoint(&mut self) {
+        self.planner.want(CheckpointReason::Requested);
+    }
+
     /// Whether there is a link now.
     pub fn is_linked(&self) -> bool {
         self.link.is_some()

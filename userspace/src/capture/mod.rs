@@ -14,6 +14,7 @@ mod continuity;
 mod control;
 mod error;
 pub mod extended;
+pub mod ext4;
 mod gate;
 pub mod handle;
 mod hooks;

@@ -107,7 +107,7 @@ impl Family<'_, '_> {
 type Read = fn(&VolumeBoard) -> f64;
 type Count = fn(&VolumeBoard) -> u64;
 
-const GAUGES: [(&str, &str, Option<Unit>, Read); 17] = [
+const GAUGES: [(&str, &str, Option<Unit>, Read); 18] = [
     ("epoch", "Running or last epoch of the volume", None, |v| {
         v.epoch.get() as f64
     }),
@@ -167,6 +167,12 @@ const GAUGES: [(&str, &str, Option<Unit>, Read); 17] = [
         "Bytes of the region's log",
         Some(Unit::Bytes),
         |v| v.region_bytes.get() as f64,
+    ),
+    (
+        "filesystem_errors",
+        "Errors that the file system of the volume has counted",
+        None,
+        |v| v.filesystem_errors.get() as f64,
     ),
     (
         "oldest_unflushed_age",

@@ -169,7 +169,8 @@ fn newest(bytes: &[u8]) -> Option<(usize, Slot)> {
 }
 
 /// Where the sentinel of the volume mounted here lies.
-pub(super) fn path_on(mount: &Path) -> PathBuf {
+#[must_use]
+pub fn path_on(mount: &Path) -> PathBuf {
     mount.join(OWN_DIRECTORY).join(FILE)
 }
 

@@ -69,12 +69,14 @@ impl Owner<'_> {
             session.gaps_proven,
         )?;
         pump.watch_link()?;
-        let mut watch = Watch::start();
+        let mut watch = Watch::start(self.volume, capture);
         let mut opened_epoch = false;
         let mut relink = Relink::new();
         loop {
             let turn = pump.turn(recursion_misses)?;
-            watch.look(self.volume, capture)?;
+            if watch.look(self.volume, capture, &self.board)? {
+                pump.want_checkpoint();
+            }
             let due = if turn == Turn::Worked {
                 LOOK_BUSY
             } else {
@@ -111,7 +113,7 @@ impl Owner<'_> {
                     None => {}
                 }
             }
-            let standing = pump.standing();
+            let standing = watch.weaken(pump.standing());
             let is_blind = !self.blind_spots.is_empty();
             if standing == Standing::Protected && !opened_epoch && !is_blind {
                 door.publish_open(epoch)?;
