@@ -68,6 +68,8 @@ pub struct VolumeBoard {
     /// `rdma` or `tcp`.
     pub link: &'static str,
     words: Mutex<VolumeWords>,
+    /// Why the volume has no reserve; `None`: it has one, or nobody has looked.
+    missing_reserve: Mutex<Option<String>>,
     events: OnceLock<Arc<EventLog>>,
     /// Running or last epoch.
     pub epoch: Gauge,
@@ -91,6 +93,8 @@ pub struct VolumeBoard {
     pub unpurged_bytes: Gauge,
     /// Bytes of the region's log.
     pub region_bytes: Gauge,
+    /// Bytes of the volume that are set aside for a merge.
+    pub reserve_bytes: Gauge,
     /// Errors that the file system has counted.
     pub filesystem_errors: Gauge,
     /// Age of the oldest unflushed record, microseconds.
@@ -164,6 +168,7 @@ impl VolumeBoard {
                 reason: "starting".to_owned(),
                 takeover: None,
             }),
+            missing_reserve: Mutex::new(None),
             events: OnceLock::new(),
             epoch: Gauge::default(),
             captured_seq: Gauge::default(),
@@ -176,6 +181,7 @@ impl VolumeBoard {
             lag_us_peak: Gauge::default(),
             unpurged_bytes: Gauge::default(),
             region_bytes: Gauge::default(),
+            reserve_bytes: Gauge::default(),
             filesystem_errors: Gauge::default(),
             oldest_unflushed_age_us: Gauge::default(),
             zero_copy: AtomicBool::new(false),
@@ -270,6 +276,29 @@ impl VolumeBoard {
         }
     }
 
+    /// Shows what is set aside on the volume, or why nothing is; each change is told once.
+    pub fn keep_reserve(&self, made: Result<u64, String>) {
+        let bytes = made.as_ref().copied().unwrap_or(0);
+        self.reserve_bytes.set(bytes);
+        let error = made.err();
+        let before = std::mem::replace(&mut *lock(&self.missing_reserve), error.clone());
+        if before.is_some() != error.is_some()
+            && let Some(events) = self.events.get()
+        {
+            let volume = self.name.clone();
+            events.record(Event::Reserve {
+                volume,
+                bytes,
+                error,
+            });
+        }
+    }
+
+    /// Why nothing is set aside on the volume.
+    pub fn missing_reserve(&self) -> Option<String> {
+        lock(&self.missing_reserve).clone()
+    }
+
     /// Publishes the progress of a takeover.
     pub fn tell_takeover(&self, takeover: TakeoverStatus) {
         lock(&self.words).takeover = Some(takeover);
@@ -324,6 +353,8 @@ impl VolumeBoard {
             lag_us: self.lag_us.get(),
             unpurged_bytes: self.unpurged_bytes.get(),
             region_bytes: self.region_bytes.get(),
+            reserve_bytes: self.reserve_bytes.get(),
+            reserve_missing: self.missing_reserve(),
             oldest_unflushed_age_us: self.oldest_unflushed_age_us.get(),
             checkpoint_age_ms: self.proof_age_ms(),
             zero_copy: self.zero_copy.load(Ordering::Relaxed),

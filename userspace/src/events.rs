@@ -81,6 +81,15 @@ pub enum Event {
         /// What failed; `None`: it works again.
         error: Option<String>,
     },
+    /// A volume has no reserve for a merge, or has one again.
+    Reserve {
+        /// The volume.
+        volume: String,
+        /// What is set aside.
+        bytes: u64,
+        /// Why there is none; `None`: there is one again.
+        error: Option<String>,
+    },
     /// What this node is to a volume was decided.
     OwnershipDecided {
         /// The volume.
@@ -195,6 +204,7 @@ impl Event {
             | Self::EpochOpened { .. }
             | Self::Mailbox { error: None }
             | Self::VolumeDevice { error: None, .. }
+            | Self::Reserve { error: None, .. }
             | Self::ProtectionChanged {
                 to: Protection::Protected,
                 ..
@@ -258,6 +268,21 @@ impl fmt::Display for Event {
                      be saved from the mirror"
                 ),
                 None => write!(f, "volume {volume}: its device answers again"),
+            },
+            Self::Reserve {
+                volume,
+                bytes,
+                error,
+            } => match error {
+                Some(error) => write!(
+                    f,
+                    "volume {volume}: nothing is set aside for a takeover, which may have to wait until \
+                     somebody makes room: {error}"
+                ),
+                None => write!(
+                    f,
+                    "volume {volume}: {bytes} bytes are set aside for a takeover"
+                ),
             },
             Self::OwnershipDecided {
                 volume,

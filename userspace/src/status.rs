@@ -105,6 +105,12 @@ pub struct VolumeStatus {
     pub unpurged_bytes: u64,
     /// Bytes of the region's log.
     pub region_bytes: u64,
+    /// Bytes of the volume that are set aside for a merge.
+    #[serde(default)]
+    pub reserve_bytes: u64,
+    /// Why there are none, in words; a merge into a full volume may then have to wait for room.
+    #[serde(default)]
+    pub reserve_missing: Option<String>,
     /// Age of the oldest unflushed record, microseconds.
     pub oldest_unflushed_age_us: u64,
     /// Age of the last proof of durability (checkpoint), milliseconds.

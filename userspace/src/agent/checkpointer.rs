@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use thiserror::Error;
 
 use super::mending::{ErrorCount, Mending};
+use super::reserve::Reserve;
 use crate::capture::{Redirtied, redirty};
 use crate::ids::{Epoch, Identity, Seq};
 use crate::replay::sentinel::{Sentinel, SentinelError, SentinelFile};
@@ -98,7 +99,12 @@ impl Checkpointer {
     ///
     /// # Errors
     /// [`CheckpointError`] when the volume or its sentinel cannot be opened.
-    pub fn start(cluster: &str, volume: &str, mount_point: &Path) -> Result<Self, CheckpointError> {
+    pub fn start(
+        cluster: &str,
+        volume: &str,
+        mount_point: &Path,
+        reserve: Reserve,
+    ) -> Result<Self, CheckpointError> {
         let volume_fd = OwnedFd::from(File::open(mount_point).map_err(CheckpointError::Open)?);
         let sentinel = SentinelFile::open(mount_point)?;
         let (requests, incoming) = sync_channel::<Asked>(1);
@@ -109,6 +115,7 @@ impl Checkpointer {
             errors: errors.clone(),
             volume_fd,
             sentinel,
+            reserve,
             names,
             outgoing,
         };
@@ -176,6 +183,7 @@ struct Worker {
     errors: ErrorCount,
     volume_fd: OwnedFd,
     sentinel: SentinelFile,
+    reserve: Reserve,
     names: (String, String),
     outgoing: Sender<Outcome>,
 }
@@ -184,8 +192,13 @@ impl Worker {
     fn work(mut self, incoming: &Receiver<Asked>) {
         while let Ok((checkpoint, time_ns, mending)) = incoming.recv() {
             let result = self.carry_out(checkpoint, time_ns, &mending);
+            // Everybody waits for the end of an epoch, and nothing is merged after it.
+            let keeps_reserve = result.is_ok() && !checkpoint.closed;
             if self.outgoing.send((checkpoint, result)).is_err() {
                 return;
+            }
+            if keeps_reserve {
+                self.reserve.keep();
             }
         }
     }

@@ -13,6 +13,7 @@ use super::checkpointer::{Checkpoint, CheckpointError, Checkpointer};
 use super::clock::wall_ns;
 use super::mending::{LeftUnproven, Mending};
 use super::node::Node;
+use super::reserve::Reserve;
 use crate::board::VolumeBoard;
 use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase};
@@ -71,7 +72,9 @@ impl<'a> Closer<'a> {
         board: Arc<VolumeBoard>,
     ) -> Result<Self, CheckpointError> {
         let cluster = &node.config.cluster.name;
-        let checkpointer = Checkpointer::start(cluster, &volume.name, &volume.mount_point)?;
+        let reserve = Reserve::of(&volume.mount_point, Arc::clone(&board));
+        let checkpointer =
+            Checkpointer::start(cluster, &volume.name, &volume.mount_point, reserve)?;
         // Programs that an earlier agent left have counted on.
         if let Some(control) = Capture::pinned_control(&volume.name) {
             checkpointer.errors().watch(&control);

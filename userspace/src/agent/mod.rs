@@ -29,6 +29,7 @@ mod pulse;
 mod pump;
 mod region_host;
 mod relink;
+mod reserve;
 mod successor;
 mod unmounted;
 mod volume_io;

@@ -1,6 +1,6 @@
 //! Owning a volume: capture it, mirror it, and say truly how protected it is.
 //!
-//! Protection begins in this order: attach, calibrate, region emptied for a new epoch, first
+//! Protection begins in this order: attach, calibrate, reserve, region emptied for a new epoch, first
 //! checkpoint with a sentinel of that epoch, `protected`. It ends by closing the epoch: mailbox,
 //! checkpoint, sentinel. While there is no epoch the ring is emptied and the state is `exposed` or
 //! `alone`. It must never call a volume protected before a checkpoint of the epoch was proven.
@@ -26,6 +26,7 @@ use super::mapper::Mapper;
 use super::node::Node;
 use super::pump::{Ended, events_lost};
 use super::relink;
+use super::reserve::Reserve;
 use super::watch;
 use crate::board::VolumeBoard;
 use crate::capture::{
@@ -81,6 +82,7 @@ pub struct Owner<'a> {
     /// The gate was seen to hold, by this agent or the one before.
     gate_proven: bool,
     closer: Closer<'a>,
+    reserve: Reserve,
     filesystem_uuid: [u8; 16],
     last_epoch: Epoch,
     /// An epoch that is not proven closed.
@@ -134,8 +136,11 @@ impl<'a> Owner<'a> {
             close_before_attaching(&mut closer, &volume.name)?;
         }
         let mut capture = Capture::attach(&options).context("attaching the capture programs")?;
+        let reserve = Reserve::of(mount, Arc::clone(&board));
         if !capture.resumed() {
-            calibrate(&capture, mount).context("calibrating the hooks on this kernel")?;
+            // New programs come only while no epoch is open.
+            let calibrated = reserve.lent_to(|| calibrate(&capture, mount));
+            calibrated.context("calibrating the hooks on this kernel")?;
         }
         let last_epoch = sentinel::read(mount).map_or(Epoch(0), |s| s.epoch);
         let control = capture.control();
@@ -192,6 +197,7 @@ impl<'a> Owner<'a> {
             probe_rest: RETRY,
             gap_rest: false,
             closer,
+            reserve,
             filesystem_uuid: filesystem_uuid(&volume.device, &volume.filesystem)?,
             last_epoch,
             unclosed,
@@ -390,6 +396,7 @@ impl<'a> Owner<'a> {
 
     fn begin_new(&mut self, opened: Opened) -> anyhow::Result<Session> {
         self.prove_gate()?;
+        self.reserve.keep();
         let claim = self.node.ledger.claim(&self.volume.name);
         let claimed = claim.map_or(Epoch(0), |claim| claim.epoch);
         Continuity::clear(self.capture.control());
@@ -464,7 +471,8 @@ impl<'a> Owner<'a> {
             Instant::now() >= self.probe_at,
             "the gate did not hold when it was tried; it will be tried again"
         );
-        let proof = gate_probe::prove(&self.volume.mount_point, &self.gatekeeper);
+        let (mount, keeper) = (&self.volume.mount_point, &self.gatekeeper);
+        let proof = self.reserve.lent_to(|| gate_probe::prove(mount, keeper));
         if proof.is_err() {
             self.probe_rest = (self.probe_rest * 2).min(PROBE_REST_MAX);
             self.probe_at = Instant::now() + self.probe_rest;

@@ -17,6 +17,7 @@ use super::clock::{duration, wall_ms, wall_ns};
 use super::filesystem_uuid::filesystem_uuid;
 use super::merge::{MergeError, SavedRegion};
 use super::node::{Node, lock};
+use super::reserve::Reserve;
 use super::unmounted::was_unmounted;
 use crate::capture::Capture;
 use crate::cluster::claim::{EpochState, Phase, VolumeClaim};
@@ -385,6 +386,10 @@ impl Successor {
         }
         if let Err(error) = replay::tidy(mount, &outcome) {
             tracing::warn!(%volume, %error, "what replay left behind could not be tidied up");
+        }
+        // Before anybody writes to the volume again.
+        if let Some(board) = self.node.board.volume(volume) {
+            Reserve::of(mount, board).keep();
         }
         Ok(merged)
     }

@@ -11,7 +11,7 @@ use crate::agent::filesystem_uuid::mounted_uuid;
 use crate::agent::merge::SavedRegion;
 use crate::ids::{Epoch, Seq};
 use crate::region::dump;
-use crate::replay::{self, Sentinel, SentinelFile, Verdict};
+use crate::replay::{self, Sentinel, SentinelFile, Verdict, reserve};
 
 /// `twinwrite replay`
 #[derive(Debug, Args)]
@@ -95,6 +95,9 @@ pub(super) fn replay(arguments: &ReplayArguments) -> anyhow::Result<ExitCode> {
     replay::finish_held(mount, &mut held, &sentinel)?;
     replay::tidy(mount, &outcome)?;
     println!("{outcome}");
+    if let Err(error) = reserve::make(mount) {
+        eprintln!("nothing is set aside on the volume for another merge: {error}");
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -105,6 +105,10 @@ pub(super) fn health(status: &AgentStatus) -> (Health, Vec<String>) {
             why.push(format!("{name} is {protection}: {}", volume.reason));
         }
         health = health.max(weight);
+        if let (Role::Owner, Some(error)) = (volume.role, &volume.reserve_missing) {
+            why.push(format!("{} has no reserve: {error}", volume.name));
+            health = health.max(Health::Degraded);
+        }
     }
     for peer in &status.peers {
         if peer.restarting {

@@ -107,7 +107,7 @@ impl Family<'_, '_> {
 type Read = fn(&VolumeBoard) -> f64;
 type Count = fn(&VolumeBoard) -> u64;
 
-const GAUGES: [(&str, &str, Option<Unit>, Read); 18] = [
+const GAUGES: [(&str, &str, Option<Unit>, Read); 19] = [
     ("epoch", "Running or last epoch of the volume", None, |v| {
         v.epoch.get() as f64
     }),
@@ -167,6 +167,12 @@ const GAUGES: [(&str, &str, Option<Unit>, Read); 18] = [
         "Bytes of the region's log",
         Some(Unit::Bytes),
         |v| v.region_bytes.get() as f64,
+    ),
+    (
+        "reserve",
+        "Bytes of the volume set aside for a takeover",
+        Some(Unit::Bytes),
+        |v| v.reserve_bytes.get() as f64,
     ),
     (
         "filesystem_errors",

@@ -9,6 +9,9 @@
 //! sentinel::read -> judge -> plan -> apply -> finish (sync, sentinel with the new epoch) -> tidy
 //! ```
 //!
+//! What `apply` does first is to give back the blocks of the [`reserve`]; whoever called [`tidy`] sets some
+//! aside again.
+//!
 //! What replay makes anew carries the extended attribute [`disk::STAMP_ATTRIBUTE`] with the region's epoch
 //! and the identity it stands for, so that a restart knows it. A stamp of another epoch means nothing: a
 //! crash between `finish` and `tidy` may leave some, and the epoch in them keeps a later replay from
@@ -25,6 +28,7 @@ pub mod extents;
 mod gather;
 pub mod judge;
 pub mod plan;
+pub mod reserve;
 pub mod sentinel;
 #[cfg(test)]
 mod tests;
@@ -197,6 +201,10 @@ pub fn apply(
 ) -> Result<Outcome, ReplayError> {
     let mut disk = disk::Disk::open(mount)?;
     underway::begin(mount, plan.epoch).map_err(ReplayError::Note)?;
+    // Without it the merge may still find the room it needs.
+    if let Err(error) = reserve::release(mount) {
+        tracing::warn!(%error, "the reserve cannot be given back to the volume");
+    }
     apply::apply_to(plan, &mut disk, progress)
 }
 

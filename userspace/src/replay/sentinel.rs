@@ -174,13 +174,16 @@ pub fn path_on(mount: &Path) -> PathBuf {
     mount.join(OWN_DIRECTORY).join(FILE)
 }
 
-fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> SentinelError + use<> {
+pub(super) fn failed(
+    path: &Path,
+    what: &'static str,
+) -> impl FnOnce(io::Error) -> SentinelError + use<> {
     let path = path.to_owned();
     move |source| SentinelError::System { path, what, source }
 }
 
 /// Opens `name` in `directory`, itself and nothing that it points to or that is mounted on it.
-fn open_in(
+pub(super) fn open_in(
     directory: impl AsFd,
     name: &str,
     path: &Path,
@@ -209,7 +212,11 @@ fn open_in(
 }
 
 /// Demands that nobody but root, or the user this process runs as, can have written here.
-fn require_own(file: &File, path: &Path, is_right_type: bool) -> Result<(), SentinelError> {
+pub(super) fn require_own(
+    file: &File,
+    path: &Path,
+    is_right_type: bool,
+) -> Result<(), SentinelError> {
     let metadata = file.metadata().map_err(failed(path, "stat"))?;
     let (uid, mode) = (metadata.uid(), metadata.mode());
     let why = if uid != 0 && uid != nix::unistd::geteuid().as_raw() {
@@ -225,14 +232,14 @@ fn require_own(file: &File, path: &Path, is_right_type: bool) -> Result<(), Sent
     Err(SentinelError::Untrusted { path, why })
 }
 
-fn open_mount(mount: &Path) -> Result<File, SentinelError> {
+pub(super) fn open_mount(mount: &Path) -> Result<File, SentinelError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::open(mount, flags, Mode::empty())
         .map(File::from)
         .map_err(|error| failed(mount, "open")(error.into()))
 }
 
-fn open_directory(mount_file: &File, mount: &Path) -> Result<File, SentinelError> {
+pub(super) fn open_directory(mount_file: &File, mount: &Path) -> Result<File, SentinelError> {
     let path = mount.join(OWN_DIRECTORY);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY;
     let directory = open_in(mount_file, OWN_DIRECTORY, &path, flags)?;

@@ -22,6 +22,7 @@ mod oracle;
 mod perform;
 mod projects;
 mod real;
+mod reserved;
 mod stopping;
 mod tainted;
 mod treelog;

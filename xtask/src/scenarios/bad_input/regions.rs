@@ -117,7 +117,7 @@ fn full(lab: &Lab, stream: &Stream<'_>) -> Result<()> {
     lab.run(
         B,
         &format!(
-            "cp {SAVED} {REGION}; for size in 256M 32M 4M 512k 64k 4k; do number=0; \
+            "cp {SAVED} {REGION}; rm -f {ROOT}/.twinwrite/reserve; sync; for size in 256M 32M 4M 512k 64k 4k; do number=0; \
              while fallocate -l $size {ROOT}/filler-$size-$number 2>/dev/null; do \
              number=$((number + 1)); done; done; sync; df {ROOT} | tail -n 1"
         ),
