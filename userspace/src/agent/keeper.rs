@@ -58,6 +58,8 @@ pub struct Keeper {
     unproven: Cell<bool>,
     /// The volume was mounted, and nobody was told yet.
     untold: Cell<bool>,
+    /// To let go of the volume the kernel's NFS server was ended, and nobody started it again.
+    server_ended: Cell<bool>,
     /// How often capture has failed since it last worked.
     capture_failures: Cell<u32>,
     /// What was open was closed and proven since.
@@ -81,6 +83,7 @@ impl Keeper {
             board,
             unproven: Cell::new(true),
             untold: Cell::new(false),
+            server_ended: Cell::new(false),
             capture_failures: Cell::new(0),
             is_proven_closed: Cell::new(false),
         }

@@ -3,9 +3,13 @@
 //!
 //! As long as somebody can change the volume here it must never be without its gate.
 
+use std::sync::Arc;
+
 use super::{DECIDE_EVERY, Keeper};
+use crate::agent::successor::run_serve_command;
 use crate::capture::{Capture, Continuity};
 use crate::cluster::mounts::{self, MountError, MountState};
+use crate::config::Volume;
 use crate::status::{Protection, Role};
 
 impl Keeper {
@@ -43,17 +47,47 @@ impl Keeper {
     /// takes the programs away, in this order, so that as long as somebody can change it here nothing is
     /// confirmed that the new owner may revert. Whether nothing is left; if not, the reason is shown.
     pub(super) fn let_go(&self) -> bool {
-        let name = &self.volume.name;
-        if !Capture::has_pins(name) {
-            return true;
+        if Capture::has_pins(&self.volume.name) {
+            let server_endings = Capture::server_endings();
+            let gone = self.let_go_of_pins();
+            if Capture::server_endings() != server_endings {
+                // Should the volume come back, so must the server.
+                self.untold.set(true);
+                self.server_ended.set(true);
+            }
+            if !gone {
+                return false;
+            }
         }
-        let server_endings = Capture::server_endings();
-        let gone = self.let_go_of_pins();
-        if Capture::server_endings() != server_endings {
-            // Should the volume come back, so must the server.
-            self.untold.set(true);
+        // Not before: the server could take hold of the volume again.
+        if self.server_ended.take() {
+            self.serve_others_again();
         }
-        gone
+        true
+    }
+
+    /// The kernel's NFS server was ended for this volume, and with it for whatever else this node serves.
+    fn serve_others_again(&self) {
+        let node = Arc::clone(&self.node);
+        let is_other = |volume: &&Volume| volume.name != self.volume.name;
+        let others: Vec<Volume> = node
+            .config
+            .volumes
+            .iter()
+            .filter(is_other)
+            .cloned()
+            .collect();
+        self.node.runtime.spawn(async move {
+            for volume in others {
+                // It may be another's by now.
+                if !node.is_serving(&volume.name) {
+                    continue;
+                }
+                if let Err(error) = run_serve_command(&node, &volume).await {
+                    tracing::error!(volume = %volume.name, "{error:#}");
+                }
+            }
+        });
     }
 
     fn let_go_of_pins(&self) -> bool {
