@@ -404,22 +404,6 @@ pub(super) const DISKS: &[Fault] = &[
             Undo::Nothing,
         ),
     ),
-    fault(
-        "disk-full",
-        "the volume has no space left",
-        "a file takes all of it, the writer's next blocks find none",
-        10,
-        (
-            Owner(
-                "dd if=/dev/zero of=/srv/vol0/filler bs=1M status=none 2>/dev/null; \
-                 dd if=/dev/zero of=/srv/vol0/filler2 bs=4k count=100 status=none 2>/dev/null; \
-                 df --output=avail /srv/vol0 | tail -n 1 | grep -qx ' *0'",
-            ),
-            Weakened,
-            PowerCut,
-            Undo::Nothing,
-        ),
-    ),
 ];
 
 /// What happens to whole machines and their clocks.

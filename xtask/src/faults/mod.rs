@@ -9,6 +9,7 @@ mod kernel;
 mod list;
 mod nodes;
 pub(crate) mod pair;
+mod space;
 mod table;
 
 use std::time::{Duration, Instant};
@@ -121,6 +122,7 @@ pub fn all() -> impl Iterator<Item = &'static Fault> {
         .chain(list::LINKS)
         .chain(list::CAPTURE)
         .chain(list::DISKS)
+        .chain(space::FAULTS)
         .chain(list::NODES)
         .chain(nodes::FAULTS)
         .chain(kernel::FAULTS)
