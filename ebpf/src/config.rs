@@ -36,7 +36,7 @@ globals! {
     I_LINKABLE,
     SB_DEV,
     DENTRY_PARENT, DENTRY_INODE, DENTRY_NAME, DENTRY_NAME_LEN,
-    ITER_TYPE, ITER_OFFSET, ITER_IOV, ITER_UBUF_ADDRESS,
+    ITER_TYPE, ITER_OFFSET, ITER_COUNT, ITER_IOV, ITER_UBUF_ADDRESS,
     /// Enum values of `enum iter_type`.
     ITER_UBUF, ITER_IOVEC,
     IATTR_VALID,
@@ -48,6 +48,8 @@ globals! {
     /// 1 if `set_posix_acl` is told the dentry, 0 if the inode.
     ACL_BY_DENTRY,
     MAPPING_HOST,
+    /// Absent on kernels without io_uring.
+    URING_FILE,
     DIO_IOCB, DIO_FLAGS, DIO_ERROR, DIO_BYTES,
     FILE_FLAGS, FILE_DENTRY, SB_MAGIC, SB_FLAGS,
     /// The count of the inode's lock; how many direct writes are under way.

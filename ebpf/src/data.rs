@@ -190,21 +190,48 @@ extern "C" fn copy_user_slice(_index: u64, state: *mut c_void) -> i64 {
     next_slice::<false>(copying)
 }
 
+/// An `iov_iter` through which bytes have gone.
+#[derive(Clone, Copy)]
+pub struct Iter {
+    /// Where it is.
+    pub at: *const u8,
+    /// Its `iter_type`.
+    pub kind: u64,
+    /// Its `iov_offset`.
+    pub offset: u64,
+    /// The buffer, if it is of one only.
+    pub buffer: *const c_void,
+}
+
+impl Iter {
+    /// The one at `at`.
+    ///
+    /// # Safety
+    /// `at` must be a hook's argument.
+    #[inline(always)]
+    unsafe fn of(at: *const u8) -> Self {
+        // SAFETY: the caller's. The buffer's address is not computed with: on 6.1 the verifier takes it
+        // for a pointer.
+        unsafe {
+            Self {
+                at,
+                kind: u64::from(member::<u8>(at, &ITER_TYPE)),
+                offset: member(at, &ITER_OFFSET),
+                buffer: member(at, &ITER_UBUF_ADDRESS),
+            }
+        }
+    }
+}
+
 /// Sets `copying` to the last `bytes` bytes that went through `iter`; false if eBPF cannot copy
 /// from an iterator of this kind.
 #[inline(always)]
-fn locate(copying: &mut Copying, iter: *const u8, bytes: u64) -> bool {
-    // SAFETY: `iter` is the hook's argument.
-    let (kind, offset) = unsafe {
-        (
-            u64::from(member::<u8>(iter, &ITER_TYPE)),
-            member::<u64>(iter, &ITER_OFFSET),
-        )
-    };
+fn locate(copying: &mut Copying, iter: Iter, bytes: u64) -> bool {
+    let Iter { kind, offset, .. } = iter;
     let pointer = |at: u64| {
         // SAFETY: a bad address is reported, not followed. Members of the iterator's union are
         // read this way because the verifier refuses a plain load of some of them.
-        unsafe { bpf_probe_read_kernel(iter.wrapping_add(at as usize).cast::<u64>()) }
+        unsafe { bpf_probe_read_kernel(iter.at.wrapping_add(at as usize).cast::<u64>()) }
     };
     let (mut source_end, mut segment) = (0, 0);
     if kind == ITER_UBUF.load() {
@@ -242,18 +269,22 @@ fn locate(copying: &mut Copying, iter: *const u8, bytes: u64) -> bool {
 
 /// One write that the filter let through.
 #[derive(Clone, Copy)]
-struct Write {
-    control: Control,
-    kiocb: *const u8,
-    inode: *const u8,
-    bytes: u64,
+pub struct Write {
+    /// The control words.
+    pub control: Control,
+    /// The file, whose lock is held.
+    pub inode: *const u8,
+    /// Where it begins.
+    pub pos: u64,
+    /// How many bytes were written.
+    pub bytes: u64,
 }
 
 impl Write {
     /// Writes the record's header where it stays.
     ///
     /// # Safety
-    /// `place` must have room for a header; `kiocb` and `inode` are as in [`member`].
+    /// `place` must have room for a header; `inode` is as in [`member`].
     #[inline(always)]
     unsafe fn header(self, place: *mut Head, flags: u8) {
         // SAFETY: the caller's.
@@ -261,12 +292,7 @@ impl Write {
             let mut head = head_of(op::WRITE, self.inode);
             head.flags = flags;
             head.data_len = self.bytes as u32;
-            let pos: u64 = member(self.kiocb, &KIOCB_POS);
-            head.pos = if self.control.read(control::POS_IS_END) != 0 {
-                pos - self.bytes
-            } else {
-                pos
-            };
+            head.pos = self.pos;
             *place = head;
         }
     }
@@ -300,25 +326,16 @@ impl Write {
     /// Handles the commonest writes, one buffer of up to four lines or of a usual block, without the
     /// dynptr and the loop, which cost more than copying a page. False if this is another write.
     #[inline(always)]
-    fn captured_at_once(self, iter: *const u8) -> bool {
-        // SAFETY: `iter` is the hook's argument. The buffer's address is not computed with: on 6.1
-        // the verifier takes it for a pointer.
-        let (kind, offset) = unsafe {
-            (
-                u64::from(member::<u8>(iter, &ITER_TYPE)),
-                member::<u64>(iter, &ITER_OFFSET),
-            )
-        };
-        if kind != ITER_UBUF.load() || offset != self.bytes {
+    fn captured_at_once(self, iter: Iter) -> bool {
+        if iter.kind != ITER_UBUF.load() || iter.offset != self.bytes {
             return false;
         }
-        // SAFETY: as above.
-        let source: *const c_void = unsafe { member(iter, &ITER_UBUF_ADDRESS) };
+        let source = iter.buffer;
         match self.bytes {
-            1..=64 => self.emit_at_once::<64>(source, self.bytes as u32),
-            65..=128 => self.emit_at_once::<128>(source, self.bytes as u32),
-            129..=192 => self.emit_at_once::<192>(source, self.bytes as u32),
-            193..=256 => self.emit_at_once::<256>(source, self.bytes as u32),
+            1..=64 => self.emit_at_once::<64>(source, at_most::<64>(self.bytes)),
+            65..=128 => self.emit_at_once::<128>(source, at_most::<128>(self.bytes)),
+            129..=192 => self.emit_at_once::<192>(source, at_most::<192>(self.bytes)),
+            193..=256 => self.emit_at_once::<256>(source, at_most::<256>(self.bytes)),
             512 => self.emit_at_once::<512>(source, 512),
             1024 => self.emit_at_once::<1024>(source, 1024),
             2048 => self.emit_at_once::<2048>(source, 2048),
@@ -334,7 +351,7 @@ impl Write {
 
     /// Handles any write: a record of a size known only now, filled slice by slice.
     #[inline(always)]
-    fn capture(self, iter: *const u8) {
+    fn capture_any(self, iter: Iter) {
         let mut copying = Copying::new();
         let inline =
             self.bytes <= u64::from(INLINE_BYTES_MAX) && locate(&mut copying, iter, self.bytes);
@@ -356,6 +373,21 @@ impl Write {
         }
         submit_dynptr(self.control, &raw mut copying.dynptr);
     }
+
+    /// Emits its record, with the bytes if eBPF can copy them.
+    #[inline(always)]
+    pub fn capture(self, iter: Iter) {
+        if !self.captured_at_once(iter) {
+            self.capture_any(iter);
+        }
+    }
+}
+
+/// A number that is no larger than `N`, in words that the verifier understands.
+#[inline(always)]
+fn at_most<const N: u64>(bytes: u64) -> u32 {
+    let bytes = core::hint::black_box(bytes);
+    (if bytes > N { N } else { bytes }) as u32
 }
 
 /// A record whose bytes are copied by one read.
@@ -376,15 +408,20 @@ fn written(ctx: &FExitContext) -> Option<()> {
     if result <= 0 {
         return None;
     }
+    let bytes = result as u64;
+    // SAFETY: as above.
+    let (pos, iter) = unsafe { (member::<u64>(kiocb, &KIOCB_POS), Iter::of(iter)) };
     let write = Write {
         control,
-        kiocb,
         inode,
-        bytes: result as u64,
+        pos: if control.read(control::POS_IS_END) != 0 {
+            pos - bytes
+        } else {
+            pos
+        },
+        bytes,
     };
-    if !write.captured_at_once(iter) {
-        write.capture(iter);
-    }
+    write.capture(iter);
     Some(())
 }
 

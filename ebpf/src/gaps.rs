@@ -8,6 +8,7 @@ use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FExitContext, LsmContext};
 use twinwrite_abi::{control, gap, op};
 
+use crate::btrfs;
 use crate::config::*;
 use crate::emit::*;
 use crate::mapping;
@@ -108,7 +109,7 @@ pub fn gap_whiteout(ctx: FExitContext) -> i32 {
 
 /// Whether an ioctl cannot change a volume, or has a hook of its own above.
 #[inline(always)]
-fn harmless_ioctl(command: u32) -> bool {
+pub fn is_harmless_ioctl(command: u32) -> bool {
     const TERMINAL: u32 = 0x54;
     if (command >> 8) & 0xff == TERMINAL {
         return true;
@@ -138,26 +139,31 @@ fn harmless_ioctl(command: u32) -> bool {
             | 0x8100_9431 // FS_IOC_GETFSLABEL
             | 0x8011_1500 // FS_IOC_GETFSUUID
             | 0x8081_1501 // FS_IOC_GETFSSYSFSPATH
-    )
+    ) || btrfs::is_harmless(command)
 }
 
 #[inline(always)]
 fn ioctl(ctx: &LsmContext) -> i32 {
     let before: i32 = ctx.arg(3);
     let (command, argument): (u32, u64) = (ctx.arg(1), ctx.arg(2));
-    if before == 0 && !harmless_ioctl(command) {
-        // SAFETY: the arguments of the hook.
-        unsafe {
-            let inode = member(ctx.arg(0), &FILE_INODE);
-            if !mapping::is_snapshot(inode, command, argument) {
-                note_early(inode, gap::IOCTL);
-            }
+    if before != 0 || is_harmless_ioctl(command) {
+        return before;
+    }
+    // SAFETY: the arguments of the hook.
+    unsafe {
+        let inode = member(ctx.arg(0), &FILE_INODE);
+        if btrfs::refuses(inode, command) {
+            return -btrfs::EOPNOTSUPP;
+        }
+        if !mapping::is_snapshot(inode, command, argument) {
+            note_early(inode, gap::IOCTL);
         }
     }
-    before
+    0
 }
 
-/// Ioctls of the file system that are not known to be harmless.
+/// Ioctls of the file system that are not known to be harmless, and the refusal of those that make what
+/// cannot be protected.
 #[lsm(hook = "file_ioctl")]
 pub fn gap_ioctl(ctx: LsmContext) -> i32 {
     ioctl(&ctx)

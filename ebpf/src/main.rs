@@ -14,6 +14,7 @@
 #![allow(internal_features)]
 
 mod attributes;
+mod btrfs;
 mod calls;
 mod config;
 mod data;

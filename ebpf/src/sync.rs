@@ -187,29 +187,34 @@ pub fn sync_whole_exit(ctx: FExitContext) -> i32 {
     0
 }
 
-/// The file systems call this in every fsync: it tells which file the system call syncs. (Looking
-/// the descriptor up again could find another file by now.)
-#[fexit(function = "file_write_and_wait_range")]
-pub fn sync_file(ctx: FExitContext) -> i32 {
+/// The running fsync syncs this file, whose road is not known but for its system call.
+#[inline(always)]
+pub fn saw_file(file: *const u8) {
     let thread = thread();
     // SAFETY: only this thread writes its entry.
     let Some(call) = CALLS.get_ptr_mut(&thread) else {
-        return 0;
+        return;
     };
-    // SAFETY: as above; the arguments of the hooked function.
+    // SAFETY: as above; callers pass an argument of a hooked function.
     unsafe {
-        let file: *const u8 = ctx.arg(0);
         let inode: *const u8 = member(file, &FILE_INODE);
         if (*call).road == road::SYSTEM_CALL
             && let Some(control) = wanted(inode)
         {
-            // Later than at the entry, and so no less is waited for; the flush is yet to come.
+            // Later than at the entry, and so no less is waited for.
             (*call).seen_before = gate::seen_before(control, file).unwrap_or(UNKNOWN);
             (*call).inode = inode as u64;
             (*call).head = mark_of(inode, false);
             (*call).road = road::SYSTEM_CALL_WITH_FILE;
         }
     }
+}
+
+/// Most file systems call this in every fsync: it tells which file the system call syncs. (Looking
+/// the descriptor up again could find another file by now.)
+#[fexit(function = "file_write_and_wait_range")]
+pub fn sync_file(ctx: FExitContext) -> i32 {
+    saw_file(ctx.arg(0));
     0
 }
 

@@ -7,6 +7,7 @@
 
 mod attributes;
 mod data;
+mod kinds;
 mod mappings;
 mod names;
 mod space;
@@ -32,6 +33,7 @@ const DURABLE: &[&str] = &[
     "direct",
     "direct-beyond-the-end",
     "uring-direct",
+    "direct-in-place",
     "store-and-msync",
 ];
 
@@ -92,6 +94,7 @@ pub enum Outcome {
 pub fn all() -> impl Iterator<Item = &'static Probe> {
     [
         data::PROBES,
+        kinds::PROBES,
         mappings::PROBES,
         space::PROBES,
         names::PROBES,

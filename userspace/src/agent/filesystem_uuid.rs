@@ -4,7 +4,7 @@
 //! not have it mounted.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
@@ -20,35 +20,45 @@ pub(super) struct Page([u8; 4096]);
 const EXT4_UUID_AT: usize = 1024 + 0x68;
 /// xfs: `sb_uuid` of `struct xfs_dsb`, which begins at byte 0.
 const XFS_UUID_AT: usize = 32;
+/// btrfs: `fsid` of `struct btrfs_super_block`.
+const BTRFS_UUID_AT: usize = 0x20;
+/// Where that begins on the device (`BTRFS_SUPER_INFO_OFFSET`).
+const BTRFS_SUPER_BLOCK_AT: u64 = 0x1_0000;
 
 /// The UUID of the file system of this type on `device`.
 ///
 /// # Errors
 /// When the device cannot be read.
 pub fn filesystem_uuid(device: &Path, filesystem: &str) -> anyhow::Result<[u8; 16]> {
-    let page = super_block(device)?;
-    let at = if filesystem == "xfs" {
-        XFS_UUID_AT
-    } else {
-        EXT4_UUID_AT
+    let page = super_block(device, filesystem)?;
+    let at = match filesystem {
+        "xfs" => XFS_UUID_AT,
+        "btrfs" => BTRFS_UUID_AT,
+        _ => EXT4_UUID_AT,
     };
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&page[at..at + 16]);
     Ok(uuid)
 }
 
-/// The first page of `device`: it holds the super block of both file systems.
+/// The page of `device` that holds the super block of a file system of this type: the first one, but for
+/// btrfs.
 ///
 /// # Errors
 /// When the device cannot be read.
-pub fn super_block(device: &Path) -> anyhow::Result<[u8; 4096]> {
+pub fn super_block(device: &Path, filesystem: &str) -> anyhow::Result<[u8; 4096]> {
+    let at = if filesystem == "btrfs" {
+        BTRFS_SUPER_BLOCK_AT
+    } else {
+        0
+    };
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
         .open(device)
         .with_context(|| format!("opening {}", device.display()))?;
     let mut page = Page::new_zeroed();
-    file.read_exact_at(page.as_mut_bytes(), 0)
+    file.read_exact_at(page.as_mut_bytes(), at)
         .with_context(|| format!("reading the super block of {}", device.display()))?;
     Ok(page.0)
 }
@@ -71,7 +81,12 @@ pub fn mounted_uuid(mount_point: &Path) -> anyhow::Result<[u8; 16]> {
         .find(|mount| u64::try_from(mount.mnt_id) == Ok(found.stx_mnt_id))
         .with_context(|| format!("the mount at {place} is not in /proc/self/mountinfo"))?;
     let device = makedev(found.stx_dev_major, found.stx_dev_minor);
-    let is_it = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| m.rdev() == device);
+    // The files of a btrfs bear the number of no device; what it lies on is what it names as its source.
+    let is_btrfs = mount.fs_type == "btrfs";
+    let is_it = |path: &PathBuf| {
+        std::fs::metadata(path)
+            .is_ok_and(|m| m.rdev() == device || is_btrfs && m.file_type().is_block_device())
+    };
     let source = mount.mount_source.as_ref().map(PathBuf::from);
     let by_number = PathBuf::from("/dev/block").join(&mount.majmin);
     let path = source

@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::Context as _;
-use procfs::process::Process;
+use procfs::process::{MountInfo, Process};
 use thiserror::Error;
 
 use super::filesystem_uuid::super_block;
-use crate::cluster::mounts::KernelDev;
+use crate::capture::{bpf_lsm_active, has_subvolumes};
+use crate::cluster::mounts::{KernelDev, is_of, unescaped};
 use crate::config::Volume;
 
 #[cfg(test)]
@@ -41,6 +42,14 @@ const XFS_VERSION_MASK: u16 = 0xf;
 const XFS_VERSION_MIN: u16 = 5;
 /// Names are compared without regard to case.
 const XFS_CASELESS: u16 = 0x4000;
+
+/// Fields of `struct btrfs_super_block`, little-endian.
+const BTRFS_MAGIC_AT: usize = 0x40;
+const BTRFS_MAGIC: &[u8] = b"_BHRfS_M";
+const BTRFS_DEVICES_AT: usize = 0x88;
+const BTRFS_FEATURES_AT: usize = 0xbc;
+/// A device that must be written in order.
+const BTRFS_ZONED: u32 = 1 << 12;
 
 /// Why a volume cannot be protected.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -77,6 +86,28 @@ pub enum Unfit {
         "its files have no time of birth ({0}), by which a replay tells a file that was moved to a name from          one that was made there: make a file system with it ({1})"
     )]
     NoBirth(&'static str, &'static str),
+    /// More than the one device that is configured.
+    #[error(
+        "its btrfs lies on {0} devices, and a takeover fences and mounts one: make a file system on one \
+         device (which may be a RAID of md or dm)"
+    )]
+    Devices(u64),
+    /// A zoned btrfs.
+    #[error("its btrfs is zoned, which nobody has tried: make a file system on an ordinary device")]
+    Zoned,
+    /// Inode numbers are not unique.
+    #[error(
+        "its btrfs has subvolumes or snapshots, in each of which inode numbers begin anew, so that the \
+         programs and a replay would take one file for another: delete them, or give each a file system \
+         of its own"
+    )]
+    Subvolumes,
+    /// Nothing keeps subvolumes from being made.
+    #[error(
+        "its btrfs could get subvolumes and snapshots, which only BPF LSM programs can refuse: boot with \
+         `bpf` in the lsm= list"
+    )]
+    NoRefusal,
     /// Bytes may live on a realtime device.
     #[error(
         "its XFS has a realtime device, whose files the programs do not follow: make a file system \
@@ -106,10 +137,14 @@ pub type MountOptions = HashMap<String, Option<String>>;
 /// # Errors
 /// All that is wrong, with the remedies; or what could not be read.
 pub fn check(volume: &Volume) -> anyhow::Result<()> {
-    let page = super_block(&volume.device)?;
+    let page = super_block(&volume.device, &volume.filesystem)?;
     let mut found = of_super_block(volume, &page);
-    if let Some(options) = options_of(&volume.device)? {
-        found.extend(of_mount(volume, &page, &options, has_dax(&volume.device)?));
+    if let Some(mount) = mount_of(&volume.device)? {
+        let options = &mount.super_options;
+        found.extend(of_mount(volume, &page, options, has_dax(&volume.device)?));
+        if volume.filesystem == "btrfs" {
+            found.extend(of_btrfs(&unescaped(&mount.mount_point))?);
+        }
     }
     let told: Vec<String> = found.iter().map(ToString::to_string).collect();
     anyhow::ensure!(
@@ -121,15 +156,22 @@ pub fn check(volume: &Volume) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The kernel's options of the mounted super block; `None`: it is not mounted.
-fn options_of(device: &Path) -> anyhow::Result<Option<MountOptions>> {
+/// A mount of the file system on `device`; `None`: it is not mounted.
+fn mount_of(device: &Path) -> anyhow::Result<Option<MountInfo>> {
     let dev = device_number(device)?;
-    let majmin = format!("{}:{}", dev.major, dev.minor);
     let mounts = Process::myself()?.mountinfo()?.0;
-    Ok(mounts
-        .into_iter()
-        .find(|mount| mount.majmin == majmin)
-        .map(|mount| mount.super_options))
+    Ok(mounts.into_iter().find(|mount| is_of(mount, dev)))
+}
+
+/// What a mounted btrfs has, or may get.
+fn of_btrfs(mount_point: &Path) -> anyhow::Result<Vec<Unfit>> {
+    let has_subvolumes = has_subvolumes(mount_point)
+        .with_context(|| format!("asking for the subvolumes of {}", mount_point.display()))?;
+    let found = [
+        has_subvolumes.then_some(Unfit::Subvolumes),
+        (!bpf_lsm_active()).then_some(Unfit::NoRefusal),
+    ];
+    Ok(found.into_iter().flatten().collect())
 }
 
 fn device_number(device: &Path) -> anyhow::Result<KernelDev> {
@@ -160,28 +202,45 @@ fn le32(page: &[u8], at: usize) -> u32 {
 }
 
 fn of_super_block(volume: &Volume, page: &[u8]) -> Vec<Unfit> {
-    let xfs = volume.filesystem == "xfs";
-    let is_it = if xfs {
-        page.starts_with(b"XFSB")
-    } else {
-        u16::from_le_bytes(word(page, EXT4_MAGIC_AT)) == EXT4_MAGIC
+    let is_it = match volume.filesystem.as_str() {
+        "xfs" => page.starts_with(b"XFSB"),
+        "btrfs" => page
+            .get(BTRFS_MAGIC_AT..)
+            .is_some_and(|rest| rest.starts_with(BTRFS_MAGIC)),
+        _ => u16::from_le_bytes(word(page, EXT4_MAGIC_AT)) == EXT4_MAGIC,
     };
     if !is_it {
         let device = volume.device.display().to_string();
         return vec![Unfit::OtherFilesystem(device, volume.filesystem.clone())];
     }
-    if xfs {
-        let realtime = u64::from_be_bytes(word(page, XFS_REALTIME_BLOCKS_AT)) != 0;
-        let caseless = u16::from_be_bytes(word(page, XFS_VERSION_AT)) & XFS_CASELESS != 0;
-        let version = u16::from_be_bytes(word(page, XFS_VERSION_AT)) & XFS_VERSION_MASK;
-        let found = [
-            realtime.then_some(Unfit::Realtime),
-            (version < XFS_VERSION_MIN)
-                .then_some(Unfit::NoBirth("an old XFS", "mkfs.xfs -m crc=1")),
-            caseless.then_some(Unfit::Caseless("ascii-ci")),
-        ];
-        return found.into_iter().flatten().collect();
+    match volume.filesystem.as_str() {
+        "xfs" => of_xfs(page),
+        "btrfs" => {
+            let devices = u64::from_le_bytes(word(page, BTRFS_DEVICES_AT));
+            let is_zoned = le32(page, BTRFS_FEATURES_AT) & BTRFS_ZONED != 0;
+            let found = [
+                (devices != 1).then_some(Unfit::Devices(devices)),
+                is_zoned.then_some(Unfit::Zoned),
+            ];
+            found.into_iter().flatten().collect()
+        }
+        _ => of_ext4(page),
     }
+}
+
+fn of_xfs(page: &[u8]) -> Vec<Unfit> {
+    let realtime = u64::from_be_bytes(word(page, XFS_REALTIME_BLOCKS_AT)) != 0;
+    let caseless = u16::from_be_bytes(word(page, XFS_VERSION_AT)) & XFS_CASELESS != 0;
+    let version = u16::from_be_bytes(word(page, XFS_VERSION_AT)) & XFS_VERSION_MASK;
+    let found = [
+        realtime.then_some(Unfit::Realtime),
+        (version < XFS_VERSION_MIN).then_some(Unfit::NoBirth("an old XFS", "mkfs.xfs -m crc=1")),
+        caseless.then_some(Unfit::Caseless("ascii-ci")),
+    ];
+    found.into_iter().flatten().collect()
+}
+
+fn of_ext4(page: &[u8]) -> Vec<Unfit> {
     let journal = le32(page, EXT4_COMPATIBLE_AT) & EXT4_HAS_JOURNAL != 0;
     let features = le32(page, EXT4_INCOMPATIBLE_AT);
     let inode_bytes = u16::from_le_bytes(word(page, EXT4_INODE_BYTES_AT));
@@ -202,7 +261,7 @@ fn of_mount(
     device_has_dax: bool,
 ) -> Vec<Unfit> {
     let mut found = Vec::new();
-    for option in ["norecovery", "noload"] {
+    for option in ["norecovery", "noload", "nologreplay", "rescue"] {
         if options.contains_key(option) {
             found.push(Unfit::NoRecovery(option.to_owned()));
         }
@@ -210,13 +269,14 @@ fn of_mount(
     if volume.filesystem == "xfs" && options.contains_key("rtdev") {
         found.push(Unfit::Realtime);
     }
-    // Without an option of its own a file may ask for it, if the device can.
+    // Without an option of its own a file may ask for it, if the device can, and the file system.
+    let may_ask = device_has_dax && volume.filesystem != "btrfs";
     let asked = options
         .get("dax")
         .map(|how| how.as_deref().unwrap_or("dax"));
     match asked {
         Some("never") => {}
-        Some("inode") | None if device_has_dax => {
+        Some("inode") | None if may_ask => {
             found.push(Unfit::Dax("by the files' own flags".to_owned()));
         }
         Some("inode") | None => {}

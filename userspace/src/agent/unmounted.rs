@@ -48,7 +48,7 @@ const RECORD_BLOCKS_MAX: u64 = 1024;
 /// # Errors
 /// When the device cannot be read.
 pub fn was_unmounted(device: &Path, filesystem: &str) -> anyhow::Result<bool> {
-    let page = super_block(device)?;
+    let page = super_block(device, filesystem)?;
     match filesystem {
         "ext4" => Ok(le32(&page, EXT4_INCOMPATIBLE_AT) & EXT4_RECOVER == 0),
         "xfs" => {
@@ -63,6 +63,7 @@ pub fn was_unmounted(device: &Path, filesystem: &str) -> anyhow::Result<bool> {
             let read = log.ends_with_unmount();
             read.with_context(|| format!("reading the log of {}", device.display()))
         }
+        // btrfs: what an unmount commits looks like any other commit.
         _ => Ok(false),
     }
 }

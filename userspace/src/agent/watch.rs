@@ -9,18 +9,16 @@
 //! It must never block on the volume's disk: it asks the kernel only for what it has in memory.
 
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use thiserror::Error;
 
 use super::filesystem_health::FilesystemHealth;
 use super::pump::{Ended, Standing};
 use crate::board::VolumeBoard;
-use crate::capture::{Capture, to_kernel_device};
+use crate::capture::{Capture, CaptureError, kernel_device};
 use crate::config::Volume;
 use crate::replay::sentinel;
 
@@ -109,24 +107,28 @@ impl Watch {
 /// [`MountFault`].
 pub fn look_at_mount(mount_point: &Path, device: u32) -> Result<(), MountFault> {
     let shown = mount_point.display();
-    let cannot = |error: io::Error| {
+    let cannot = |error: &dyn std::error::Error, source: Option<&io::Error>| {
         let reason = format!("{shown} cannot be looked at: {error}");
         // So answers an XFS that has shut itself down.
-        if error.raw_os_error() == Some(libc::EIO) {
+        if source.and_then(io::Error::raw_os_error) == Some(libc::EIO) {
             MountFault::Broken(reason)
         } else {
             MountFault::Gone(reason)
         }
     };
-    let there = std::fs::metadata(mount_point).map_err(cannot)?;
-    if to_kernel_device(there.dev()) != device {
+    let there = kernel_device(mount_point).map_err(|error| match &error {
+        CaptureError::System { source, .. } => cannot(source, Some(source)),
+        _ => cannot(&error, None),
+    })?;
+    if there != device {
         return Err(MountFault::Gone(format!(
             "the volume is no longer mounted at {shown}, so what is written there passes it by: mount \
              it again"
         )));
     }
     let flags = statvfs(mount_point)
-        .map_err(|error: Errno| cannot(error.into()))?
+        .map_err(io::Error::from)
+        .map_err(|error| cannot(&error, Some(&error)))?
         .flags();
     if flags.contains(FsFlags::ST_RDONLY) {
         return Err(MountFault::Broken(format!(
@@ -145,7 +147,7 @@ mod tests {
     #[test]
     fn another_file_system_at_the_mount_point_is_told() {
         let directory = tempfile::tempdir().unwrap();
-        let device = to_kernel_device(std::fs::metadata(directory.path()).unwrap().dev());
+        let device = kernel_device(directory.path()).unwrap();
         look_at_mount(directory.path(), device).unwrap();
         let error = look_at_mount(directory.path(), device + 1).unwrap_err();
         assert!(matches!(error, MountFault::Gone(_)));
@@ -158,7 +160,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_written_is_told() {
-        let device = to_kernel_device(std::fs::metadata("/sys").unwrap().dev());
+        let device = kernel_device(Path::new("/sys")).unwrap();
         let read_only = statvfs("/sys")
             .unwrap()
             .flags()

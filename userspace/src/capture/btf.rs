@@ -61,6 +61,7 @@ const MEMBERS: &[Member] = &[
     ("DENTRY_NAME_LEN", "dentry", &["d_name.len", "__d_name.len"]),
     ("ITER_TYPE", "iov_iter", &["iter_type"]),
     ("ITER_OFFSET", "iov_iter", &["iov_offset"]),
+    ("ITER_COUNT", "iov_iter", &["count"]),
     ("ITER_IOV", "iov_iter", &["__iov", "iov"]),
     ("ITER_UBUF_ADDRESS", "iov_iter", &["ubuf"]),
     ("IATTR_VALID", "iattr", &["ia_valid"]),
@@ -123,7 +124,10 @@ const MEMBERS: &[Member] = &[
 ];
 
 /// As [`MEMBERS`], but a kernel may be built without them: their programs are then refused.
-const OPTIONAL_MEMBERS: &[Member] = &[("INODE_DEFAULT_ACL", "inode", &["i_default_acl"])];
+const OPTIONAL_MEMBERS: &[Member] = &[
+    ("INODE_DEFAULT_ACL", "inode", &["i_default_acl"]),
+    ("URING_FILE", "io_uring_cmd", &["file"]),
+];
 
 /// Where a directory's inode has the flags that it hands on, which programs reach from its VFS inode: structure,
 /// its VFS inode, the flags, and which of them are handed on.
@@ -152,6 +156,15 @@ fn handed_on(filesystem: Filesystem) -> HandedOn {
             flags: "i_diflags",
             // All of `xfs_inode_inherit_flags` (fs/xfs), 16 bits.
             mask: 0xffff,
+        },
+        Filesystem::Btrfs => HandedOn {
+            module: "btrfs",
+            structure: "btrfs_inode",
+            inode: "vfs_inode",
+            flags: "flags",
+            // NODATASUM, NODATACOW, NOCOMPRESS and COMPRESS, of which a directory with properties to hand on
+            // has one, too (`btrfs_inherit_iflags`, `btrfs_inherit_props`).
+            mask: 0x80b,
         },
     }
 }

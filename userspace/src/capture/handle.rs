@@ -1,7 +1,7 @@
 //! Reaching a file by its identity, whatever it is called now: the kernel's file handles.
 //!
 //! A handle of ext4 and XFS is the inode number and its generation, which is what a record
-//! carries. No library has a safe wrapper of these two calls, nor of those that read and set the quota
+//! carries; one of btrfs also holds the number of the subvolume, which is always the mounted one. No library has a safe wrapper of these two calls, nor of those that read and set the quota
 //! project of an opened file, so the wrappers are here. It must never
 //! return a file of another identity: every descriptor is asked who it is before it is handed out.
 
@@ -20,9 +20,16 @@ const HANDLE_BYTES_MAX: usize = 128;
 const TYPE_INO32: i32 = 1;
 /// `FILEID_INO32_GEN | XFS_FILEID_TYPE_64FLAG`: 64-bit inode number, generation.
 const TYPE_INO64: i32 = 0x81;
+/// `FILEID_BTRFS_WITHOUT_PARENT`: 64-bit inode number, number of the subvolume, generation.
+const TYPE_BTRFS: i32 = 0x4d;
+/// Where these lie, and how many bytes they are.
+const BTRFS_SUBVOLUME_AT: usize = 8;
+const BTRFS_GENERATION_AT: usize = 16;
+const BTRFS_BYTES: u32 = 20;
 
 /// `struct file_handle` with room for the largest handle.
 #[repr(C)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Handle {
     bytes: u32,
     kind: i32,
@@ -52,28 +59,61 @@ impl Handle {
         }
     }
 
+    /// A handle as the kernel gives it.
+    #[cfg(test)]
+    pub(super) fn with_body(kind: i32, bytes: &[u8]) -> Self {
+        let mut body = [0; HANDLE_BYTES_MAX];
+        body[..bytes.len()].copy_from_slice(bytes);
+        Self {
+            bytes: bytes.len() as u32,
+            kind,
+            body,
+        }
+    }
+
+    /// The handle that this identity has on the file system that this handle is of.
+    pub(super) fn sibling(&self, identity: Identity) -> Self {
+        if self.kind != TYPE_BTRFS {
+            return Self::of(identity);
+        }
+        let mut body = self.body;
+        body[..BTRFS_SUBVOLUME_AT].copy_from_slice(&identity.ino.to_ne_bytes());
+        body[BTRFS_GENERATION_AT..BTRFS_BYTES as usize]
+            .copy_from_slice(&identity.generation.to_ne_bytes());
+        Self {
+            bytes: BTRFS_BYTES,
+            kind: TYPE_BTRFS,
+            body,
+        }
+    }
+
     pub(super) fn identity(&self) -> io::Result<Identity> {
         let word = |at: usize| {
             let b = &self.body;
             u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
+        };
+        let ino = || {
+            let mut ino = [0; 8];
+            ino.copy_from_slice(&self.body[..8]);
+            u64::from_ne_bytes(ino)
         };
         match (self.kind, self.bytes) {
             (TYPE_INO32, 8) => Ok(Identity {
                 ino: word(0).into(),
                 generation: word(4),
             }),
-            (TYPE_INO64, 12) => {
-                let mut ino = [0; 8];
-                ino.copy_from_slice(&self.body[..8]);
-                Ok(Identity {
-                    ino: u64::from_ne_bytes(ino),
-                    generation: word(8),
-                })
-            }
+            (TYPE_INO64, 12) => Ok(Identity {
+                ino: ino(),
+                generation: word(8),
+            }),
+            (TYPE_BTRFS, BTRFS_BYTES) => Ok(Identity {
+                ino: ino(),
+                generation: word(BTRFS_GENERATION_AT),
+            }),
             (kind, bytes) => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 format!(
-                    "file handle of type {kind:#x} with {bytes} bytes: only those of ext4 and XFS are known"
+                    "file handle of type {kind:#x} with {bytes} bytes: only those of ext4, XFS and btrfs are known"
                 ),
             )),
         }
@@ -104,8 +144,8 @@ pub fn open_linked_or_not(
     identity: Identity,
     flags: i32,
 ) -> io::Result<Option<OwnedFd>> {
-    let mut handle = Handle::of(identity);
-    // SAFETY: `handle` is a `struct file_handle` followed by `bytes` (8 or 12) valid bytes of body,
+    let mut handle = name_to_handle(&mount, c"", libc::AT_EMPTY_PATH)?.sibling(identity);
+    // SAFETY: `handle` is a `struct file_handle` followed by `bytes` (8, 12 or 20) valid bytes of body,
     // and lives across the call, which keeps no pointer to it.
     let fd = unsafe {
         libc::open_by_handle_at(
@@ -132,7 +172,7 @@ pub fn open_linked_or_not(
 /// # Errors
 /// What the kernel answers; `Unsupported` for a file system whose handles are of another form.
 pub fn identity_of(fd: impl AsFd) -> io::Result<Identity> {
-    name_to_handle(fd, c"", libc::AT_EMPTY_PATH)
+    name_to_handle(fd, c"", libc::AT_EMPTY_PATH)?.identity()
 }
 
 /// Who has this name in this directory, not following a symlink; `None` if nobody.
@@ -141,13 +181,13 @@ pub fn identity_of(fd: impl AsFd) -> io::Result<Identity> {
 /// As [`identity_of`].
 pub fn identity_at(directory: impl AsFd, name: &CStr) -> io::Result<Option<Identity>> {
     match name_to_handle(directory, name, 0) {
-        Ok(identity) => Ok(Some(identity)),
+        Ok(handle) => handle.identity().map(Some),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-fn name_to_handle(fd: impl AsFd, name: &CStr, flags: i32) -> io::Result<Identity> {
+fn name_to_handle(fd: impl AsFd, name: &CStr, flags: i32) -> io::Result<Handle> {
     let mut handle = Handle {
         bytes: HANDLE_BYTES_MAX as u32,
         kind: 0,
@@ -168,7 +208,7 @@ fn name_to_handle(fd: impl AsFd, name: &CStr, flags: i32) -> io::Result<Identity
     if status != 0 {
         return Err(io::Error::last_os_error());
     }
-    handle.identity()
+    Ok(handle)
 }
 
 /// Asks the programs for a record of `pages` of an open file from number `first` on. Where they are not

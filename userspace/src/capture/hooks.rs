@@ -13,8 +13,12 @@ use super::Filesystem;
 pub enum Need {
     /// Capture cannot do without.
     Always,
-    /// Capture of this file system cannot do without.
-    On(Filesystem),
+    /// Capture of these file systems cannot do without.
+    On(&'static [Filesystem]),
+    /// Capture of this file system cannot do without, and no other has it attached.
+    Only(Filesystem),
+    /// No other file system has it attached; another hook sees the same on kernels that lack it.
+    OnlyCovered(Filesystem),
     /// Changes of this gap reason go unnoticed without it.
     Notices(usize),
     /// Another hook sees the same on kernels that lack this one.
@@ -67,13 +71,29 @@ const fn hook(program: &'static str, kind: Kind, function: &'static str, need: N
     }
 }
 
+const EXT4: &[Filesystem] = &[Filesystem::Ext4];
+const XFS: &[Filesystem] = &[Filesystem::Xfs];
+const MAKES_NEW: &[Filesystem] = &[Filesystem::Ext4, Filesystem::Btrfs];
+const BTRFS: Filesystem = Filesystem::Btrfs;
+
+impl Need {
+    /// Whether a volume of this file system has the hook attached.
+    #[must_use]
+    pub fn is_wanted_on(self, filesystem: Filesystem) -> bool {
+        match self {
+            Self::Only(only) | Self::OnlyCovered(only) => only == filesystem,
+            _ => true,
+        }
+    }
+}
+
 /// All hooks. The index of a hook is its bit in the control slot `DISABLED`.
 #[rustfmt::skip]
 pub const HOOKS: &[Hook] = &[
-    hook("write_generic", Kind::Exit, "generic_perform_write", Need::On(Filesystem::Ext4)),
-    hook("write_iomap", Kind::Exit, "iomap_file_buffered_write", Need::On(Filesystem::Xfs)),
+    hook("write_generic", Kind::Exit, "generic_perform_write", Need::On(EXT4)),
+    hook("write_iomap", Kind::Exit, "iomap_file_buffered_write", Need::On(XFS)),
     hook("name_instantiate", Kind::Exit, "d_instantiate", Need::Always),
-    hook("name_instantiate_new", Kind::Exit, "d_instantiate_new", Need::On(Filesystem::Ext4)),
+    hook("name_instantiate_new", Kind::Exit, "d_instantiate_new", Need::On(MAKES_NEW)),
     hook("name_tmpfile", Kind::Exit, "d_tmpfile", Need::Always),
     hook("name_symlink", Kind::Exit, "vfs_symlink", Need::Always),
     hook("name_delete", Kind::Entry, "d_delete", Need::Always),
@@ -125,6 +145,10 @@ pub const HOOKS: &[Hook] = &[
     hook("mapping_refuse", Kind::Lsm, "mmap_file", Need::RefusesMappings),
     hook("mapping_refuse_upgrade", Kind::Lsm, "file_mprotect", Need::RefusesMappings),
     hook("direct_submit", Kind::Entry, "invalidate_inode_pages2_range", Need::Covered),
+    hook("write_btrfs_begin", Kind::Exit, "generic_write_checks", Need::Only(BTRFS)),
+    hook("write_btrfs", Kind::Entry, "pagecache_isize_extended", Need::Only(BTRFS)),
+    hook("sync_btrfs", Kind::Entry, "file_check_and_advance_wb_err", Need::Only(BTRFS)),
+    hook("refuse_uring", Kind::Lsm, "uring_cmd", Need::OnlyCovered(BTRFS)),
 ];
 
 const _: () = assert!(HOOKS.len() <= 64);

@@ -405,6 +405,13 @@ fn attach_all(
     })?;
     let (mut programs, mut links, mut disabled) = (Vec::new(), Vec::new(), Vec::new());
     for hook in HOOKS {
+        if !hook.need.is_wanted_on(options.filesystem) {
+            disabled.push(DisabledHook {
+                hook: *hook,
+                reason: "not of this file system".to_owned(),
+            });
+            continue;
+        }
         match attach_one(ebpf, &btf, hook) {
             Ok((program, link)) => {
                 let path = link_pin(directory, hook);
@@ -419,9 +426,11 @@ fn attach_all(
             Err(reason) => {
                 let essential = match hook.need {
                     Need::Always => true,
-                    Need::On(filesystem) => filesystem == options.filesystem,
+                    Need::On(filesystems) => filesystems.contains(&options.filesystem),
+                    Need::Only(_) => true,
                     Need::Notices(_)
                     | Need::Covered
+                    | Need::OnlyCovered(_)
                     | Need::KeepsHeld
                     | Need::HoldsReplies
                     | Need::RefusesMappings

@@ -26,6 +26,7 @@ mod probe;
 mod redirty;
 mod ring;
 mod server;
+mod subvolumes;
 mod sys;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -46,6 +47,7 @@ pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
 pub use probe::{Feature, bpf_lsm_active, features, may_skip_hooks};
 pub use redirty::{Redirtied, redirty};
 pub use ring::{RingConsumer, Run, Woken};
+pub use subvolumes::has_subvolumes;
 
 /// File systems whose hooks are known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,8 @@ pub enum Filesystem {
     Ext4 = 1,
     /// XFS.
     Xfs = 2,
+    /// btrfs.
+    Btrfs = 3,
 }
 
 impl Filesystem {
@@ -65,8 +69,9 @@ impl Filesystem {
         match name {
             "ext4" => Ok(Self::Ext4),
             "xfs" => Ok(Self::Xfs),
+            "btrfs" => Ok(Self::Btrfs),
             other => Err(CaptureError::Options(format!(
-                "file system {other:?} cannot be protected: use ext4 or xfs"
+                "file system {other:?} cannot be protected: use ext4, xfs or btrfs"
             ))),
         }
     }
@@ -85,16 +90,33 @@ pub struct CaptureOptions {
     pub filesystem: Filesystem,
 }
 
-/// The kernel's device number (`s_dev`) of the file system mounted at `mount_point`.
+/// The kernel's device number (`s_dev`) of the file system mounted at `mount_point`, or that it lies in:
+/// what the list of mounts says, for a btrfs shows its files another one.
 ///
 /// # Errors
 /// [`CaptureError::System`].
 pub fn kernel_device(mount_point: &Path) -> Result<u32, CaptureError> {
-    use std::os::unix::fs::MetadataExt as _;
-    let metadata = std::fs::metadata(mount_point).map_err(|source| {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    let failed = |source: std::io::Error| {
         CaptureError::system(format!("looking at {}", mount_point.display()), source)
-    })?;
-    Ok(to_kernel_device(metadata.dev()))
+    };
+    let found = statx(CWD, mount_point, AtFlags::empty(), StatxFlags::MNT_ID)
+        .map_err(|error| failed(error.into()))?;
+    let mounts = procfs::process::Process::myself()
+        .and_then(|process| process.mountinfo())
+        .map_err(|error| failed(std::io::Error::other(error)))?;
+    mounts
+        .0
+        .iter()
+        .find(|mount| u64::try_from(mount.mnt_id) == Ok(found.stx_mnt_id))
+        .and_then(|mount| mount.majmin.split_once(':'))
+        .and_then(|(major, minor)| Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?)))
+        .map(|(major, minor)| major << 20 | minor)
+        .ok_or_else(|| {
+            failed(std::io::Error::other(
+                "its mount is not in /proc/self/mountinfo",
+            ))
+        })
 }
 
 /// A device number as user space has it, in the kernel's form (`major << 20 | minor`).

@@ -98,7 +98,11 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
         };
         let (required, remedy) = match hook.need {
             Need::Always => (true, "this kernel cannot be protected".to_owned()),
-            Need::On(filesystem) => (
+            Need::On(filesystems) => (
+                false,
+                format!("{filesystems:?} volumes cannot be protected on this kernel"),
+            ),
+            Need::Only(filesystem) => (
                 false,
                 format!("{filesystem:?} volumes cannot be protected on this kernel"),
             ),
@@ -109,7 +113,7 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
                     .unwrap_or("other");
                 (false, format!("{name} changes go unnoticed on this kernel"))
             }
-            Need::Covered => (false, "not needed: another hook sees the same".to_owned()),
+            Need::Covered | Need::OnlyCovered(_) => (false, "not needed: another hook sees the same".to_owned()),
             Need::KeepsHeld => (
                 false,
                 "others can continue what is held before the gate on this kernel".to_owned(),

@@ -42,6 +42,21 @@ fn handles_carry_the_identity_in_both_sizes() {
 }
 
 #[test]
+fn a_handle_of_btrfs_keeps_its_subvolume() {
+    let [first, second] =
+        [(257, 9), (1 << 40, 0x8000_0007)].map(|(ino, generation)| Identity { ino, generation });
+    let of = |identity: Identity| {
+        let mut body = [0; 20];
+        body[..8].copy_from_slice(&identity.ino.to_ne_bytes());
+        body[8..16].copy_from_slice(&5_u64.to_ne_bytes());
+        body[16..].copy_from_slice(&identity.generation.to_ne_bytes());
+        Handle::with_body(0x4d, &body)
+    };
+    assert_eq!(of(first).identity().ok(), Some(first));
+    assert_eq!(of(first).sibling(second), of(second));
+}
+
+#[test]
 fn a_name_and_its_open_file_have_one_identity() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("file");
@@ -81,9 +96,14 @@ fn hooks_are_named_once_and_every_program_is_in_the_object() {
 
 #[test]
 fn each_file_system_has_its_own_write_hook() {
-    for filesystem in [Filesystem::Ext4, Filesystem::Xfs] {
+    for filesystem in [Filesystem::Ext4, Filesystem::Xfs, Filesystem::Btrfs] {
         assert!(HOOKS.iter().any(|hook| {
-            hook.program.starts_with("write_") && hook.need == Need::On(filesystem)
+            let is_its = match hook.need {
+                Need::On(filesystems) => filesystems == [filesystem],
+                Need::Only(only) => only == filesystem,
+                _ => false,
+            };
+            hook.program.starts_with("write_") && is_its
         }));
     }
 }

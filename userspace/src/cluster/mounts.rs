@@ -1,6 +1,7 @@
 //! Where a volume is mounted, by the kernel's word (mountinfo), and mounting it.
 //!
-//! A volume is recognised by its device number, not by the text of a path. These functions block:
+//! A volume is recognised by its device number, not by the text of a path; a btrfs, which bears the number of
+//! no device, by that of the device it names as its source. These functions block:
 //! call them where that is allowed. This module must never mount a device that is already mounted
 //! on this node, and knows nothing of the other one: who may mount is decided elsewhere.
 
@@ -17,6 +18,9 @@ use crate::config::Volume;
 
 #[cfg(test)]
 mod tests;
+
+/// The type of a file system whose mounts bear the number of no device.
+const BTRFS: &str = "btrfs";
 
 /// A device number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,8 +60,8 @@ impl KernelDev {
 /// A volume's mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mounted {
-    /// Its super block's device number.
-    pub dev: KernelDev,
+    /// The subvolume, if it is not the top of a btrfs.
+    pub part: Option<String>,
     /// File system type.
     pub filesystem: String,
     /// The super block or the mount is read-only.
@@ -168,6 +172,16 @@ pub enum MountError {
         /// The type it should have.
         wanted: String,
     },
+    /// It is not the top of a btrfs.
+    #[error(
+        "volume {volume} is mounted by a subvolume of its btrfs ({part}), and only the whole of one can be protected: mount it with `subvolid=5`"
+    )]
+    Part {
+        /// The volume.
+        volume: String,
+        /// The subvolume.
+        part: String,
+    },
     /// It is read-only.
     #[error(
         "volume {volume} is mounted read-only: look for errors of its device in the kernel's log, check the file system, mount it again"
@@ -238,10 +252,23 @@ pub fn find(volume: &Volume) -> Result<MountState, MountError> {
     ))
 }
 
+/// Whether `mount` is of the file system on `device`.
+#[must_use]
+pub fn is_of(mount: &MountInfo, device: KernelDev) -> bool {
+    if mount.fs_type != BTRFS {
+        return KernelDev::from_mountinfo(&mount.majmin) == Some(device);
+    }
+    let source = mount.mount_source.as_deref().map(Path::new);
+    let source = source.and_then(|path| std::fs::metadata(unescaped(path)).ok());
+    source.is_some_and(|found| {
+        found.file_type().is_block_device() && KernelDev::from_stat(found.rdev()) == device
+    })
+}
+
 /// As [`find`], from a list of mounts.
 #[must_use]
 pub fn classify(mounts: &[MountInfo], device: KernelDev, mount_point: &Path) -> MountState {
-    let of_device = |mount: &&MountInfo| KernelDev::from_mountinfo(&mount.majmin) == Some(device);
+    let of_device = |mount: &&MountInfo| is_of(mount, device);
     let own: Vec<&MountInfo> = mounts.iter().filter(of_device).collect();
     // The last one at a place covers those before it.
     let there = mounts
@@ -256,7 +283,7 @@ pub fn classify(mounts: &[MountInfo], device: KernelDev, mount_point: &Path) -> 
     match own.as_slice() {
         [] => MountState::NotMounted,
         [one] if unescaped(&one.mount_point) == mount_point => MountState::Mounted(Mounted {
-            dev: device,
+            part: (one.fs_type == BTRFS && one.root != "/").then(|| one.root.clone()),
             filesystem: one.fs_type.clone(),
             read_only: one.super_options.contains_key("ro") || one.mount_options.contains_key("ro"),
         }),
@@ -273,7 +300,8 @@ pub fn classify(mounts: &[MountInfo], device: KernelDev, mount_point: &Path) -> 
 }
 
 /// mountinfo writes blanks and backslashes as `\` and three octal digits.
-fn unescaped(path: &Path) -> PathBuf {
+#[must_use]
+pub fn unescaped(path: &Path) -> PathBuf {
     let mut bytes = path.as_os_str().to_owned().into_vec().into_iter();
     let mut plain = Vec::new();
     while let Some(byte) = bytes.next() {
@@ -319,6 +347,9 @@ fn accept(volume: &Volume, state: MountState) -> Result<Mounted, MountError> {
             found,
             wanted,
         });
+    }
+    if let Some(part) = mounted.part {
+        return Err(MountError::Part { volume: name, part });
     }
     if mounted.read_only {
         return Err(MountError::ReadOnly { volume: name });

@@ -317,16 +317,27 @@ fn check_sizes(findings: &mut Findings, volume: &Volume) {
 
 fn check_filesystem(findings: &mut Findings, volume: &Volume) {
     let name = &volume.name;
-    findings.require(matches!(volume.filesystem.as_str(), "ext4" | "xfs"), || {
+    let is_known = matches!(volume.filesystem.as_str(), "ext4" | "xfs" | "btrfs");
+    findings.require(is_known, || {
         format!(
-            "volume.filesystem = \"{}\" of `{name}`: use ext4 or xfs",
+            "volume.filesystem = \"{}\" of `{name}`: use ext4, xfs or btrfs",
             volume.filesystem
         )
     });
     for option in volume.mount_options.split(',') {
         let word = option.split('=').next().unwrap_or(option);
-        let refused = matches!(word, "ro" | "noload" | "norecovery" | "rtdev" | "dax")
-            && option != "dax=never";
+        let refused = matches!(
+            word,
+            "ro" | "noload" | "norecovery" | "nologreplay" | "rescue" | "rtdev" | "dax"
+        ) && option != "dax=never";
+        let is_part = matches!(word, "subvol" | "subvolid")
+            && !matches!(option, "subvol=/" | "subvolid=5" | "subvolid=0");
+        findings.require(!is_part, || {
+            format!(
+                "volume.mount_options of `{name}`: `{option}` mounts a part of a btrfs, and only the \
+                 whole of one can be protected: remove it, or use `subvolid=5`"
+            )
+        });
         findings.require(!refused, || {
             format!(
                 "volume.mount_options of `{name}`: `{option}` cannot be protected (read-only, \

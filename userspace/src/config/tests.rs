@@ -200,7 +200,7 @@ fn each_rule_is_told_with_key_and_remedy() {
             "filesystem = \"ext4\"",
             "filesystem = \"ext3\"",
             "volume.filesystem",
-            "ext4 or xfs",
+            "ext4, xfs or btrfs",
         ),
         (
             "\"/dev/disk/by-id/virtio-data\"",
@@ -219,6 +219,12 @@ fn each_rule_is_told_with_key_and_remedy() {
             "mount_options = \"noatime,norecovery\"",
             "volume.mount_options",
             "remove it",
+        ),
+        (
+            "#mount_options = \"noatime\"",
+            "mount_options = \"subvol=home\"",
+            "volume.mount_options",
+            "subvolid=5",
         ),
         (
             "#mount_options = \"noatime\"",

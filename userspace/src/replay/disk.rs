@@ -1,4 +1,4 @@
-//! A mounted ext4 or XFS file system as a [`Volume`].
+//! A mounted ext4, XFS or btrfs file system as a [`Volume`].
 //!
 //! Files are reached by handle, never by path; names are used only within a directory that was
 //! reached by handle. It must never follow a symlink or leave the mounted file system.

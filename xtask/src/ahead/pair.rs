@@ -1,7 +1,6 @@
 //! The two machines with all volumes: what their agents say of them together.
 
 use std::fs;
-use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -229,12 +228,9 @@ impl<'a> Pair<'a> {
             }
             for index in self.volumes() {
                 let disk = self.lab.shared_disk(&volume_disk(index));
-                let (program, arguments) = match self.filesystem {
-                    Filesystem::Ext4 => ("/usr/sbin/e2fsck", ["-f", "-n"]),
-                    Filesystem::Xfs => ("/usr/sbin/xfs_repair", ["-n", "-f"]),
-                };
-                let output = Command::new(program).args(arguments).arg(disk).output();
-                let output = output.with_context(|| format!("cannot start {program}"))?;
+                let mut command = self.filesystem.check();
+                let output = command.arg(disk).output();
+                let output = output.with_context(|| format!("cannot start {command:?}"))?;
                 checked.volumes += 1;
                 if !output.status.success() {
                     let [out, err] = [&output.stdout, &output.stderr]

@@ -42,7 +42,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let filesystems = arguments
         .fs
-        .map_or_else(|| vec![Filesystem::Ext4, Filesystem::Xfs], |fs| vec![fs]);
+        .map_or_else(|| Filesystem::ALL.to_vec(), |fs| vec![fs]);
     let kernels = arguments
         .kernel
         .map_or_else(|| KernelRelease::ALL.to_vec(), |kernel| vec![kernel]);

@@ -238,7 +238,9 @@ impl Column<'_> {
     /// leaves data, and the file systems their journals.
     fn flush_nothing_by_age(&self) -> Result<()> {
         let remount = match self.filesystem {
-            Filesystem::Ext4 => format!("mount -o remount,commit=300 {MOUNT_POINT};"),
+            Filesystem::Ext4 | Filesystem::Btrfs => {
+                format!("mount -o remount,commit=300 {MOUNT_POINT};")
+            }
             Filesystem::Xfs => String::new(),
         };
         let script = format!("set -e; sysctl -qw vm.dirty_writeback_centisecs=0; {remount} sync");

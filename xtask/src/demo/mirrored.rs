@@ -1,7 +1,6 @@
 //! The run with mirroring: A is protected, dies, and B takes over by itself.
 
 use std::fs;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -133,18 +132,7 @@ fn check_filesystem(lab: &Lab, filesystem: Filesystem) -> Result<String> {
         lab.agent(NodeName::B, AgentAction::Stop)?;
         let unmount = format!("if mountpoint -q {MOUNT_POINT}; then umount {MOUNT_POINT}; fi");
         lab.run(NodeName::B, &unmount)?;
-        let mut command = match filesystem {
-            Filesystem::Ext4 => {
-                let mut command = Command::new("/usr/sbin/e2fsck");
-                command.arg("-fn");
-                command
-            }
-            Filesystem::Xfs => {
-                let mut command = Command::new("/usr/sbin/xfs_repair");
-                command.args(["-n", "-f"]);
-                command
-            }
-        };
+        let mut command = filesystem.check();
         let output = command
             .arg(lab.volume_disk())
             .output()

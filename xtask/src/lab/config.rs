@@ -6,6 +6,7 @@
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
@@ -79,6 +80,26 @@ pub enum Filesystem {
     Ext4,
     /// XFS
     Xfs,
+    /// btrfs
+    Btrfs,
+}
+
+impl Filesystem {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Ext4, Self::Xfs, Self::Btrfs];
+
+    /// What checks one that is not mounted, on the host, and changes nothing.
+    #[must_use]
+    pub fn check(self) -> Command {
+        let (program, arguments): (_, &[&str]) = match self {
+            Self::Ext4 => ("/usr/sbin/e2fsck", &["-f", "-n"]),
+            Self::Xfs => ("/usr/sbin/xfs_repair", &["-n", "-f"]),
+            Self::Btrfs => ("/usr/bin/btrfs", &["check", "--readonly"]),
+        };
+        let mut command = Command::new(program);
+        command.args(arguments);
+        command
+    }
 }
 
 impl fmt::Display for Filesystem {
@@ -86,6 +107,7 @@ impl fmt::Display for Filesystem {
         f.write_str(match self {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
         })
     }
 }

@@ -231,6 +231,9 @@ fn make_filesystem(filesystem: Filesystem, disk: &Path, uuid: Option<&str>) -> R
             let option = uuid.map(|uuid| format!("uuid={uuid}"));
             command.args(option.iter().flat_map(|option| ["-m", option]));
         }
+        Filesystem::Btrfs => {
+            command.args(uuid.iter().flat_map(|uuid| ["-U", uuid]));
+        }
     }
     progress::output(command.arg(disk)).map(drop)
 }

@@ -14,7 +14,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::lab::config::{MOUNT_POINT, VOLUME};
-use crate::lab::{AgentAction, AwaitedState, CrashKind, Lab, NodeName, Options, Programs};
+use crate::lab::{
+    AgentAction, AwaitedState, CrashKind, Lab, NodeName, Options, Programs, shell_quoted,
+};
 use crate::progress;
 
 use NodeName::{A, B};
@@ -329,17 +331,43 @@ impl CrashedDisk {
     const DISK: &'static str = "/var/lib/twinwrite/volume.raw";
     /// Where it is mounted in the survivor.
     pub(crate) const MOUNT_POINT: &'static str = "/mnt";
+    /// Gives the copy of a btrfs another identity, for the kernel mounts one of a kind: the one in its trees
+    /// becomes the identity of its metadata (`METADATA_UUID`).
+    const RENAME_BTRFS: &'static str = r#"
+import struct, sys
+AT, SIZE, FSID, FEATURES, METADATA = 0x10000, 4096, 0x20, 0xbc, 0x23b
+disk = open(sys.argv[1], "r+b")
+disk.seek(AT)
+block = bytearray(disk.read(SIZE))
+if block[0x40:0x48] == b"_BHRfS_M":
+    block[METADATA:METADATA + 16] = block[FSID:FSID + 16]
+    block[FSID] ^= 0xff
+    features = struct.unpack_from("<Q", block, FEATURES)[0]
+    struct.pack_into("<Q", block, FEATURES, features | 1 << 10)
+    crc = 0xffffffff
+    for byte in block[32:]:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82f63b78 * (crc & 1)
+    struct.pack_into("<I", block, 0, crc ^ 0xffffffff)
+    disk.seek(AT)
+    disk.write(block)
+"#;
 
     /// Mounts a fresh copy of it in the survivor: the kernel replays the journal and nothing else.
     pub(crate) fn mount(&self, lab: &Lab) -> Result<()> {
         let (archive, disk, root) = (Self::ARCHIVE, Self::DISK, Self::MOUNT_POINT);
-        // The survivor has a file system of this identity mounted, which XFS minds.
+        let rename = shell_quoted(Self::RENAME_BTRFS);
+        // The survivor has a file system of this identity mounted, which XFS and btrfs mind.
         let command = format!(
             "modprobe loop; tar --sparse -xf /host/{archive} -C /var/lib/twinwrite && \
+             python3 -c {rename} {disk} && \
              options=loop; test $(blkid -o value -s TYPE {disk}) != xfs || options=loop,nouuid; \
              mount -o $options {disk} {root} || {{ dmesg | tail -n 5 >&2; false; }}"
         );
-        lab.run(self.node, &command).map(drop)
+        // A hundred megabytes come over the share.
+        lab.run_within(self.node, &command, Duration::from_secs(600))
+            .map(drop)
     }
 
     /// Unmounts it and throws the copy away.

@@ -80,6 +80,18 @@ pub const ALL: &[Scenario] = &[
         "what was written and not flushed is there after a power cut, and is not without twinwrite",
     ),
     scenario(
+        "survives_crash_btrfs",
+        60,
+        Alone(survives_crash::on_btrfs),
+        "the same on btrfs",
+    ),
+    scenario(
+        "survives_crash_btrfs_6_1",
+        60,
+        Alone(survives_crash::on_btrfs_of_6_1),
+        "the same on btrfs of the older kernel",
+    ),
+    scenario(
         "lab_survives",
         90,
         Alone(lab_survives::run),

@@ -1,6 +1,5 @@
 //! An owner that stands still for a while and goes on, again and again: it is never two who write.
 
-use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -141,15 +140,7 @@ fn check_disk(pair: &Pair<'_>, filesystem: Filesystem) -> Result<()> {
     pair.lab.agent(survivor, AgentAction::Stop)?;
     let unmount = format!("if mountpoint -q {MOUNT_POINT}; then umount {MOUNT_POINT}; fi");
     pair.lab.run(survivor, &unmount)?;
-    let mut command = match filesystem {
-        Filesystem::Ext4 => Command::new("/usr/sbin/e2fsck"),
-        Filesystem::Xfs => Command::new("/usr/sbin/xfs_repair"),
-    };
-    command.arg(match filesystem {
-        Filesystem::Ext4 => "-fn",
-        Filesystem::Xfs => "-nf",
-    });
-    let output = command.arg(pair.lab.volume_disk()).output()?;
+    let output = filesystem.check().arg(pair.lab.volume_disk()).output()?;
     if !output.status.success() {
         bail!(
             "{filesystem} is damaged: {}\n{}{}",

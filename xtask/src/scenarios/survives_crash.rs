@@ -7,12 +7,32 @@ use super::bench::{
     require_start,
 };
 use super::with_lab;
-use crate::lab::{Lab, NodeName};
+use crate::lab::{Filesystem, KernelRelease, Lab, NodeName, Options};
 
 const OPERATIONS: u64 = 600;
 
 pub(super) fn run() -> Result<()> {
     with_lab("survives_crash", options(&[], &[NO_CHECKPOINT]), crash)
+}
+
+pub(super) fn on_btrfs() -> Result<()> {
+    with_lab("survives_crash_btrfs", btrfs(KernelRelease::V6_12), crash)
+}
+
+pub(super) fn on_btrfs_of_6_1() -> Result<()> {
+    with_lab(
+        "survives_crash_btrfs_6_1",
+        btrfs(KernelRelease::V6_1),
+        crash,
+    )
+}
+
+fn btrfs(kernel: KernelRelease) -> Options {
+    Options {
+        filesystem: Filesystem::Btrfs,
+        kernel,
+        ..options(&[], &[NO_CHECKPOINT])
+    }
 }
 
 fn crash(lab: &Lab) -> Result<()> {

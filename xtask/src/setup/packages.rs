@@ -91,6 +91,7 @@ const LAB: &[Need] = &[
     need("binutils", "strip", "making modules and programs small"),
     need("e2fsprogs", "mkfs.ext4", "ext4 volumes"),
     need("xfsprogs", "mkfs.xfs", "XFS volumes"),
+    need("btrfs-progs", "mkfs.btrfs", "btrfs volumes"),
     need(
         "util-linux",
         "setpriv",

@@ -22,10 +22,14 @@ fn run(command: &str, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// An image of 64 MiB (what mkfs.xfs calls too small needs 300), made by this command.
+/// An image of 64 MiB (mkfs.xfs wants 300, mkfs.btrfs 114), made by this command.
 fn image(directory: &Path, name: &str, mkfs: &[&str]) -> PathBuf {
     let path = directory.join(name);
-    let mib = if mkfs[0] == "mkfs.xfs" { 320 } else { 64 };
+    let mib = match mkfs[0] {
+        "mkfs.xfs" => 320,
+        "mkfs.btrfs" => 128,
+        _ => 64,
+    };
     File::create(&path).unwrap().set_len(mib << 20).unwrap();
     let path_text = path.to_str().unwrap().to_owned();
     let arguments: Vec<&str> = mkfs[1..]
@@ -37,11 +41,12 @@ fn image(directory: &Path, name: &str, mkfs: &[&str]) -> PathBuf {
     path
 }
 
-fn page(image: &Path) -> [u8; 4096] {
+fn page(image: &Path, filesystem: &str) -> [u8; 4096] {
     let mut page = [0; 4096];
+    let at = if filesystem == "btrfs" { 0x1_0000 } else { 0 };
     File::open(image)
         .unwrap()
-        .read_exact_at(&mut page, 0)
+        .read_exact_at(&mut page, at)
         .unwrap();
     page
 }
@@ -49,7 +54,7 @@ fn page(image: &Path) -> [u8; 4096] {
 fn found(filesystem: &str, mkfs: &[&str]) -> Vec<Unfit> {
     let directory = tempfile::tempdir().unwrap();
     let image = image(directory.path(), "volume.img", mkfs);
-    of_super_block(&volume(filesystem, &image), &page(&image))
+    of_super_block(&volume(filesystem, &image), &page(&image, filesystem))
 }
 
 #[test]
@@ -79,6 +84,7 @@ fn files_without_a_time_of_birth_are_unfit() {
 fn plain_file_systems_are_fit() {
     assert_eq!(found("ext4", &["mkfs.ext4", "-q", "-F"]), []);
     assert_eq!(found("xfs", &["mkfs.xfs", "-q", "-f"]), []);
+    assert_eq!(found("btrfs", &["mkfs.btrfs", "-q", "-f"]), []);
 }
 
 #[test]
@@ -103,8 +109,14 @@ fn file_systems_that_cannot_be_protected_are_told_by_their_super_block() {
     let device = format!("rtdev={}", realtime.display());
     let with_realtime = ["mkfs.xfs", "-q", "-f", "-r", &device];
     assert_eq!(found("xfs", &with_realtime), [Unfit::Realtime]);
-    let other = found("xfs", &["mkfs.ext4", "-q", "-F"]);
-    assert!(matches!(other[..], [Unfit::OtherFilesystem(..)]));
+    for wanted in ["xfs", "btrfs"] {
+        let other = found(wanted, &["mkfs.ext4", "-q", "-F"]);
+        assert!(matches!(other[..], [Unfit::OtherFilesystem(..)]));
+    }
+    let second = directory.path().join("second.img");
+    File::create(&second).unwrap().set_len(128 << 20).unwrap();
+    let on_two = ["mkfs.btrfs", "-q", "-f", second.to_str().unwrap()];
+    assert_eq!(found("btrfs", &on_two), [Unfit::Devices(2)]);
 }
 
 fn options(text: &str) -> MountOptions {
@@ -208,4 +220,32 @@ fn what_the_kernel_says_of_a_real_mount_is_what_counts() {
         told.contains("no journal") && told.contains("volume data"),
         "{told}"
     );
+}
+
+#[test]
+fn a_btrfs_with_subvolumes_is_told() {
+    if std::env::var_os("TWINWRITE_NO_LOOP").is_some() {
+        println!("SKIPPED, because TWINWRITE_NO_LOOP is set");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let image = image(directory, "volume.img", &["mkfs.btrfs", "-q", "-f"]);
+    let mounted = Mounted::new(directory, &image, "noatime");
+    let volume = volume("btrfs", &mounted.device);
+    let told = || {
+        check(&volume)
+            .err()
+            .map_or_else(String::new, |error| error.to_string())
+    };
+    // Whether this host could refuse them is not the question.
+    assert!(!told().contains("has subvolumes"), "{}", told());
+    let below = mounted.mount.join("directory");
+    std::fs::create_dir(&below).unwrap();
+    let subvolume = below.join("subvolume");
+    run(
+        "btrfs",
+        &["subvolume", "create", subvolume.to_str().unwrap()],
+    );
+    assert!(told().contains("has subvolumes"), "{}", told());
 }

@@ -8,10 +8,11 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use twinwrite_abi::{EXTENDED_BYTES_MAX, MAPPED_PAGE_BYTES};
 
 use super::bench::{Bench, done};
+use super::btrfs;
 use super::gaps::store;
 use super::known::{Item, Known};
 use crate::capture::probe::bpf_lsm_active;
-use crate::capture::{CaptureError, handle};
+use crate::capture::{CaptureError, Filesystem, handle};
 use crate::record::{flag, op};
 
 const BLOCK_BYTES: usize = 4096;
@@ -76,10 +77,17 @@ pub(super) fn ranges(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
 struct AlignedBlock([u8; BLOCK_BYTES]);
 
 fn direct(bench: &mut Bench<'_>, item: &Item, pos: u64) -> Result<(), CaptureError> {
+    let own;
+    let (name, item) = if bench.capture.options().filesystem == Filesystem::Btrfs {
+        own = btrfs::direct_file(bench, 4)?;
+        (btrfs::DIRECT, &own)
+    } else {
+        ("ranges", item)
+    };
     let written = File::options()
         .write(true)
         .custom_flags(libc::O_DIRECT)
-        .open(bench.path("ranges"))
+        .open(bench.path(name))
         .and_then(|file| file.write_all_at(&AlignedBlock([9; BLOCK_BYTES]).0, pos));
     if let Err(error) = written {
         bench.skip("write with O_DIRECT", error);

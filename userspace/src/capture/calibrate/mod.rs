@@ -8,6 +8,7 @@
 //! records of a running epoch are in the ring: it releases what it reads.
 
 mod bench;
+mod btrfs;
 mod filled;
 mod gaps;
 mod known;
@@ -20,7 +21,7 @@ use std::time::Instant;
 
 use twinwrite_abi::control;
 
-use super::{Capture, CaptureError};
+use super::{Capture, CaptureError, Filesystem};
 use bench::Bench;
 
 /// What calibration found.
@@ -114,6 +115,9 @@ fn run(capture: &Capture, directory: &Path) -> Result<Calibration, CaptureError>
     filled::extended(&mut bench)?;
     filled::mapped(&mut bench)?;
     gaps::all(&mut bench)?;
+    if capture.options().filesystem == Filesystem::Btrfs {
+        btrfs::no_subvolume(&mut bench)?;
+    }
     bench.discard()?;
     Ok(Calibration {
         pos_is_end,

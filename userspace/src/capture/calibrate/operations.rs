@@ -35,12 +35,13 @@ fn write_hook(bench: &Bench<'_>) -> &'static str {
     match bench.capture.options().filesystem {
         Filesystem::Ext4 => "generic_perform_write",
         Filesystem::Xfs => "iomap_file_buffered_write",
+        Filesystem::Btrfs => "pagecache_isize_extended",
     }
 }
 
 fn create_hook(bench: &Bench<'_>) -> &'static str {
     match bench.capture.options().filesystem {
-        Filesystem::Ext4 => "d_instantiate_new",
+        Filesystem::Ext4 | Filesystem::Btrfs => "d_instantiate_new",
         Filesystem::Xfs => "d_instantiate",
     }
 }

@@ -41,7 +41,7 @@ fn a_volume_is_found_by_its_device_number() {
         minor: 16,
     };
     let mounted = Mounted {
-        dev,
+        part: None,
         filesystem: "ext4".into(),
         read_only: false,
     };
@@ -83,6 +83,39 @@ fn another_file_system_and_a_read_only_one_are_refused() {
     volume.filesystem = "xfs".into();
     let error = accept(&volume, state(&[ROOT, READ_ONLY])).unwrap_err();
     assert!(matches!(error, MountError::ReadOnly { .. }));
+}
+
+#[test]
+fn a_btrfs_is_known_by_its_source_and_mounted_as_a_whole() {
+    // Its own number is that of no device, and its source must be one.
+    let of_source = |source: &str| {
+        let line =
+            format!("30 21 0:37 / /srv/my\\040data rw - btrfs {source} rw,subvolid=5,subvol=/");
+        state(&[ROOT, &line])
+    };
+    for source in ["/dev/null", "/nonexistent/device", "none"] {
+        assert!(
+            matches!(of_source(source), MountState::Occupied { .. }),
+            "{source}"
+        );
+    }
+    let mut volume = volume();
+    volume.filesystem = "btrfs".into();
+    let mounted = |part: Option<&str>| {
+        MountState::Mounted(Mounted {
+            part: part.map(str::to_owned),
+            filesystem: "btrfs".into(),
+            read_only: false,
+        })
+    };
+    assert!(accept(&volume, mounted(None)).is_ok());
+    let error = accept(&volume, mounted(Some("/sub")))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("subvolid=5") && error.contains("/sub"),
+        "{error}"
+    );
 }
 
 #[test]

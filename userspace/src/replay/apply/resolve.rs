@@ -84,8 +84,9 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
 
     /// Whether there is an inode with this identity, and whether it is the one the log means.
     ///
-    /// XFS counts a number's generations up by one, so that what replay made may bear, by number and
-    /// generation, an identity that the log gave to something that never reached the disk. The stamp tells.
+    /// XFS counts a number's generations up by one, and btrfs gives out the next number and its
+    /// transaction's, so that what replay made may bear, by number and generation, an identity that the log
+    /// gave to something that never reached the disk. The stamp tells.
     fn present(&mut self, identity: Identity) -> Step<Option<Found>> {
         if [self.own, self.staging, self.recovered].contains(&identity)
             || self.volume.stat(identity)?.is_none()

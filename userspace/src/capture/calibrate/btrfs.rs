@@ -1,0 +1,81 @@
+//! What is different on a btrfs: it must not get a second tree of files while it is protected, and not every
+//! direct write is one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
+
+use super::bench::{Bench, done};
+use super::known::Item;
+use crate::capture::CaptureError;
+
+/// `BTRFS_IOC_SUBVOL_CREATE`, and its argument: a descriptor that is not used, and the name.
+const SUBVOL_CREATE: libc::c_ulong = 0x5000_940e;
+const ARGUMENT_BYTES: usize = 4096;
+const NAME_AT: usize = 8;
+const NAME: &[u8] = b"subvolume";
+
+/// The name of the file that direct writes are tried on.
+pub(super) const DIRECT: &str = "direct";
+const BLOCK_BYTES: usize = 4096;
+
+/// `FS_NOCOW_FL`: written over in place, and so without checksums.
+const FS_NOCOW_FL: libc::c_long = 0x80_0000;
+const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
+const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
+
+/// A file of `blocks` blocks that a direct write reaches past the page cache: newer kernels do not let one do
+/// so to a file with checksums.
+pub(super) fn direct_file(bench: &mut Bench<'_>, blocks: usize) -> Result<Item, CaptureError> {
+    let file = done("create", File::create(bench.path(DIRECT)))?;
+    let item = bench.hold(DIRECT)?;
+    let mut flags: libc::c_long = 0;
+    // SAFETY: plain system calls on an open descriptor; the pointers are valid for the calls.
+    let answer = unsafe {
+        libc::ioctl(file.as_raw_fd(), FS_IOC_GETFLAGS, &raw mut flags);
+        flags |= FS_NOCOW_FL;
+        libc::ioctl(file.as_raw_fd(), FS_IOC_SETFLAGS, &raw const flags)
+    };
+    let answer = match answer {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    done("chattr +C", answer)?;
+    done(
+        "write",
+        file.write_all_at(&vec![7; blocks * BLOCK_BYTES], 0),
+    )?;
+    done("fsync", file.sync_all())?;
+    bench.begin()?;
+    Ok(item)
+}
+
+/// Tries to make a subvolume.
+pub(super) fn no_subvolume(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
+    let directory = done("open", File::open(bench.path(".")))?;
+    let mut argument = [0u8; ARGUMENT_BYTES];
+    argument[NAME_AT..NAME_AT + NAME.len()].copy_from_slice(NAME);
+    // SAFETY: the kernel reads an argument of this size, and keeps no pointer to it.
+    let answer = unsafe {
+        libc::ioctl(
+            directory.as_raw_fd(),
+            SUBVOL_CREATE,
+            argument.as_ptr().cast::<libc::c_void>(),
+        )
+    };
+    let seen = match (answer, io::Error::last_os_error()) {
+        (0, _) => "a subvolume".to_owned(),
+        (_, error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            bench.operations += 1;
+            return bench.begin();
+        }
+        (_, error) => error.to_string(),
+    };
+    Err(CaptureError::Calibration {
+        hook: "file_ioctl",
+        operation: "making a subvolume".to_owned(),
+        expected: "a refusal".to_owned(),
+        seen,
+    })
+}
