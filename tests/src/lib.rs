@@ -5,7 +5,7 @@
 //! operation. [`check`] compares the survivor's volume with those. Producing and checking use the
 //! same walker ([`walk`]) and the same manifest ([`manifest`]).
 //!
-//! Nothing here but [`ahead`], [`overwrite`], [`uring`] and some of [`probe`] may ask the volume for durability (no
+//! Nothing here but [`ahead`], [`overwrite`], [`uring`], [`torture`] and some of [`probe`] may ask the volume for durability (no
 //! fsync, no `O_SYNC`): what survives must have survived because of twinwrite. Nothing here may use twinwrite's own code: an oracle that shares
 //! the code under test shares its mistakes.
 
@@ -22,6 +22,7 @@ pub mod random;
 pub mod settled;
 pub mod sqlite;
 pub mod stream;
+pub mod torture;
 pub mod uring;
 pub mod walk;
 

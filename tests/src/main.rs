@@ -10,10 +10,10 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use twinwrite_tests::check::{Expectations, check};
 use twinwrite_tests::stream::write::Options;
-use twinwrite_tests::{ahead, overwrite, probe, settled, sqlite, stream, uring, walk};
+use twinwrite_tests::{ahead, overwrite, probe, settled, sqlite, stream, torture, uring, walk};
 
-/// Workloads, and the oracle that says what a crash took from them. Only `overwrite`, `uring`, `ahead`, and `stream`
-/// with `--confirm-every`, ask for durability.
+/// Workloads, and the oracle that says what a crash took from them. Only `overwrite`, `uring`, `ahead`, `torture`, and
+/// `stream` with `--confirm-every`, ask for durability.
 ///
 /// Exit status: 0 all is as it should be, 1 a difference was found, 2 it could not be carried out.
 #[derive(Parser)]
@@ -109,6 +109,10 @@ enum Command {
         #[arg(long)]
         older_mirrored: bool,
     },
+    /// Carries out random operations of every kind from several threads and processes
+    Torture(torture::command::Arguments),
+    /// Holds what the survivor shows against what an interrupted `torture` was told; prints a report
+    TortureCheck(torture::command::CheckArguments),
     /// Carries out one step of the probe of one operation; prints what became of it
     Probe {
         /// Which; `probes` lists them
@@ -349,6 +353,12 @@ fn run(command: Command) -> anyhow::Result<bool> {
             let found = ahead::judge(case, &run.directory, &run.log, seed, older_mirrored)?;
             say(&serde_json::to_string(&found)?)?;
             return Ok(found.pass);
+        }
+        Command::Torture(arguments) => say(&serde_json::to_string(&arguments.run()?)?)?,
+        Command::TortureCheck(arguments) => {
+            let found = arguments.run()?;
+            say(&serde_json::to_string(&found)?)?;
+            return Ok(found.iter().all(|case| case.what.pass));
         }
         Command::Probe {
             name,

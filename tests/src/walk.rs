@@ -31,7 +31,7 @@ pub struct Tree {
 /// The most that a list of extended attributes, or one's value, holds (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const XATTR_BYTES_MAX: usize = 64 * 1024;
 /// Not those by which a file system tells how it keeps the inode.
-const COMPARED_FLAGS: IFlags = IFlags::APPEND
+pub(crate) const COMPARED_FLAGS: IFlags = IFlags::APPEND
     .union(IFlags::IMMUTABLE)
     .union(IFlags::NODUMP)
     .union(IFlags::NOATIME)
