@@ -16,3 +16,4 @@ pub mod progress;
 pub mod random;
 pub mod scenarios;
 pub mod setup;
+pub mod torture;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use xtask::commands::{
-    build, coverage, demo, disk_ahead, faults, merge, run, setup, sim, test, vm,
+    build, coverage, demo, disk_ahead, faults, merge, run, setup, sim, test, torture, vm,
 };
 use xtask::lab::daemon;
 
@@ -33,6 +33,8 @@ enum Command {
     Merge(merge::Arguments),
     /// Crash machines whose disk is ahead of the mirror, and look for what was confirmed.
     DiskAhead(disk_ahead::Arguments),
+    /// Drive the volume with random operations seed by seed, crash, and compare the whole tree.
+    Torture(torture::Arguments),
     /// Carry out every operation that a volume can go through, crash, and write what became of each.
     Coverage(coverage::Arguments),
     /// Inject faults on virtual machines, and write the table of what was told and lost.
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         Command::Sim(arguments) => sim::run(&arguments),
         Command::Merge(arguments) => merge::run(&arguments),
         Command::DiskAhead(arguments) => disk_ahead::run(&arguments),
+        Command::Torture(arguments) => torture::run(&arguments),
         Command::Coverage(arguments) => coverage::run(&arguments),
         Command::Faults(arguments) => faults::run(&arguments),
         Command::Test(arguments) => test::run(&arguments),

@@ -10,4 +10,5 @@ pub mod run;
 pub mod setup;
 pub mod sim;
 pub mod test;
+pub mod torture;
 pub mod vm;

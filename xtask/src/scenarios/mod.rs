@@ -24,6 +24,7 @@ mod returning_owner;
 mod runner;
 mod steady;
 mod survives_crash;
+mod torture;
 mod writer_cost;
 mod wrong_peer;
 
@@ -109,6 +110,12 @@ pub const ALL: &[Scenario] = &[
         Alone(disk_ahead::run),
         "what eight applications were told is durable survives a cut link and a power cut, on disks that \
          lose what was not flushed",
+    ),
+    scenario(
+        "torture",
+        200,
+        Alone(torture::run),
+        "what random operations of six seeds left survives power cuts, at rest and in their middle",
     ),
     scenario(
         "metrics",
