@@ -53,6 +53,13 @@ pub struct Case {
 }
 
 impl Case {
+    /// Whether it has operations that flush, where the power is cut once all have returned: every second seed
+    /// has none, or the disk itself would keep the most of all.
+    #[must_use]
+    pub const fn flushes(&self) -> bool {
+        !self.seed.is_multiple_of(2)
+    }
+
     /// Its directory below the volume's root.
     #[must_use]
     pub fn directory(&self) -> PathBuf {

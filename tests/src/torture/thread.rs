@@ -3,7 +3,7 @@
 use std::io;
 
 use super::act::Hands;
-use super::action::Action;
+use super::action::{Action, Kind};
 use super::generator::{Generator, Place, SHARED_SLOTS, usable};
 use super::log::{self, Log};
 use super::model::{Model, OWN_SLOTS};
@@ -22,14 +22,13 @@ pub(super) struct Worker {
 }
 
 /// The operations of a thread, as its seed decides them.
-pub(super) fn generator(
-    case: &Case,
-    thread: u64,
-    kinds: &[super::Kind],
-    is_settled: bool,
-) -> Generator {
+pub(super) fn generator(case: &Case, thread: u64, kinds: &[Kind], is_settled: bool) -> Generator {
     let shared_percent = if is_settled { SHARED_PERCENT } else { 0 };
-    Generator::new(case.seed, thread, &usable(kinds), shared_percent)
+    let mut kinds = usable(kinds);
+    if is_settled && !case.flushes() && kinds.len() > 1 {
+        kinds.retain(|kind| *kind != Kind::Sync);
+    }
+    Generator::new(case.seed, thread, &kinds, shared_percent)
 }
 
 impl Worker {
