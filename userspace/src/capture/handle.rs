@@ -1,13 +1,16 @@
 //! Reaching a file by its identity, whatever it is called now: the kernel's file handles.
 //!
 //! A handle of ext4 and XFS is the inode number and its generation, which is what a record
-//! carries; one of btrfs also holds the number of the subvolume, which is always the mounted one. No library has a safe wrapper of these two calls, nor of those that read and set the quota
-//! project of an opened file, so the wrappers are here. It must never
-//! return a file of another identity: every descriptor is asked who it is before it is handed out.
+//! carries; one of btrfs also holds the number of the subvolume, which is always the mounted one. No library
+//! has a safe wrapper of these two calls, nor of those that read and set the quota project of an opened file,
+//! so the wrappers are here. It must never return a file of another identity: every descriptor is asked who
+//! it is before it is handed out.
 
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
 
 use twinwrite_abi::snapshot;
 
@@ -26,6 +29,12 @@ const TYPE_BTRFS: i32 = 0x4d;
 const BTRFS_SUBVOLUME_AT: usize = 8;
 const BTRFS_GENERATION_AT: usize = 16;
 const BTRFS_BYTES: u32 = 20;
+
+/// While a number is being given to a new inode the kernel answers as if it had no memory (`iget_locked` and
+/// `iget5_locked` since 4.20, of an inode in `I_CREATING`). That passes, so it is asked again, this often and
+/// after a pause that doubles: half a second in all.
+const TRIES: u32 = 10;
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
 /// `struct file_handle` with room for the largest handle.
 #[repr(C)]
@@ -145,26 +154,40 @@ pub fn open_linked_or_not(
     flags: i32,
 ) -> io::Result<Option<OwnedFd>> {
     let mut handle = name_to_handle(&mount, c"", libc::AT_EMPTY_PATH)?.sibling(identity);
+    let mut opened = open_handle(&mount, &mut handle, flags);
+    for attempt in 1..TRIES {
+        match &opened {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                thread::sleep(FIRST_PAUSE * (1 << (attempt - 1)));
+            }
+            _ => break,
+        }
+        opened = open_handle(&mount, &mut handle, flags);
+    }
+    let fd = match opened.map_err(|error| (error.raw_os_error(), error)) {
+        Ok(fd) => fd,
+        Err((Some(libc::ESTALE | libc::ENOENT), _)) => return Ok(None),
+        Err((_, error)) => return Err(error),
+    };
+    // Generation 0 in a handle matches every generation, so the answer is checked.
+    Ok((identity_of(&fd)? == identity).then_some(fd))
+}
+
+fn open_handle(mount: impl AsFd, handle: &mut Handle, flags: i32) -> io::Result<OwnedFd> {
     // SAFETY: `handle` is a `struct file_handle` followed by `bytes` (8, 12 or 20) valid bytes of body,
     // and lives across the call, which keeps no pointer to it.
     let fd = unsafe {
         libc::open_by_handle_at(
             mount.as_fd().as_raw_fd(),
-            (&raw mut handle).cast(),
+            (&raw mut *handle).cast(),
             flags | libc::O_CLOEXEC,
         )
     };
     if fd < 0 {
-        let error = io::Error::last_os_error();
-        return match error.raw_os_error() {
-            Some(libc::ESTALE | libc::ENOENT) => Ok(None),
-            _ => Err(error),
-        };
+        return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just returned `fd`, so it is open and nobody else owns it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // Generation 0 in a handle matches every generation, so the answer is checked.
-    Ok((identity_of(&fd)? == identity).then_some(fd))
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Who this descriptor's file is (also for `O_PATH`).
