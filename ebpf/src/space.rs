@@ -195,6 +195,8 @@ fn remapped(ctx: &FExitContext) -> Option<()> {
             };
             emit_range(control, inode, range);
         }
+        // There was nothing to remap.
+        Ok(0) => {}
         // It may have done a part.
         _ => note_gap(control, gap::REMAP, inode),
     }
