@@ -102,13 +102,7 @@ impl<'a> RecordView<'a> {
                     return field("pos", h.pos);
                 }
             }
-            op::CREATE
-            | op::LINK
-            | op::UNLINK
-            | op::RENAME
-            | op::EXCHANGE
-            | op::TMPFILE
-            | op::SYMLINK => {
+            _ if self.has_names() => {
                 need = size_of::<NameBody>();
                 if self.body.len() < need {
                     return Err(RecordError::Short {
@@ -151,10 +145,7 @@ impl<'a> RecordView<'a> {
                 have: 64 + self.body.len(),
             });
         }
-        if matches!(
-            h.op,
-            op::CREATE | op::LINK | op::UNLINK | op::RENAME | op::EXCHANGE | op::SYMLINK
-        ) {
+        if self.has_names() && h.op != op::TMPFILE {
             let two = matches!(h.op, op::RENAME | op::EXCHANGE);
             let bad = |n: &[u8]| {
                 n.is_empty() || n == b"." || n == b".." || n.contains(&b'/') || n.contains(&0)
@@ -184,8 +175,22 @@ impl<'a> RecordView<'a> {
     /// Whether the bytes must come from a FILL frame.
     #[must_use]
     pub fn needs_fill(&self) -> bool {
-        matches!(self.header.op, op::WRITE | op::EXTENDED)
-            && self.header.flags & flag::NO_BYTES != 0
+        needs_fill(self.header.op, self.header.flags)
+    }
+
+    /// Whether it is of a name operation, and so has a name block.
+    #[must_use]
+    pub fn has_names(&self) -> bool {
+        matches!(
+            self.header.op,
+            op::CREATE
+                | op::LINK
+                | op::UNLINK
+                | op::RENAME
+                | op::EXCHANGE
+                | op::TMPFILE
+                | op::SYMLINK
+        )
     }
 
     /// The bytes of a WRITE that carries them; empty for one that does not.
@@ -267,6 +272,11 @@ impl<'a> RecordView<'a> {
         let skip = usize::from(self.header.name_len) + self.names().name2_len as usize;
         self.after_names(skip, self.header.data_len as usize)
     }
+}
+
+/// Whether a record of this operation with these flags needs the bytes of FILL frames.
+pub(super) fn needs_fill(op: u8, flags: u8) -> bool {
+    matches!(op, op::WRITE | op::EXTENDED) && flags & flag::NO_BYTES != 0
 }
 
 /// The records of a run, in order; ends after the first damaged one.

@@ -1,8 +1,7 @@
 //! What the cores need to know of a record without its bytes.
 
-use twinwrite_abi::{flag, op};
-
 use super::RecordView;
+use super::decode::needs_fill;
 use crate::ids::{Identity, RingPos};
 
 /// A record's description, taken from its header once it is committed.
@@ -12,9 +11,9 @@ pub struct RecordMeta {
     pub ring_pos: RingPos,
     /// Bytes it spans there.
     pub span: u32,
-    /// One of [`op`].
+    /// One of [`super::op`].
     pub op: u8,
-    /// Bits of [`flag`].
+    /// Bits of [`super::flag`].
     pub flags: u8,
     /// The inode it is about.
     pub identity: Identity,
@@ -49,7 +48,7 @@ impl RecordMeta {
     /// Whether its bytes must be read by the agent and follow in FILL frames.
     #[must_use]
     pub fn needs_fill(&self) -> bool {
-        matches!(self.op, op::WRITE | op::EXTENDED) && self.flags & flag::NO_BYTES != 0
+        needs_fill(self.op, self.flags)
     }
 
     /// Where the next record begins.

@@ -105,12 +105,8 @@ impl<'a> Bench<'a> {
                     reason: error.to_string(),
                 })?;
                 let parents = [view.header.pos, view.names().new_parent_ino];
-                let named = !matches!(
-                    view.header.op,
-                    op::WRITE | op::SETATTR | op::EXTENDED | op::FSYNC | op::GAP
-                );
                 if self.ours.contains(&view.header.ino)
-                    || named && parents.iter().any(|parent| self.ours.contains(parent))
+                    || view.has_names() && parents.iter().any(|parent| self.ours.contains(parent))
                 {
                     seen.push((RingPos(position + at as u64), Known::seen(&view)));
                 }

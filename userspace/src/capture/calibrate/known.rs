@@ -25,17 +25,13 @@ pub(super) struct Known {
 impl Known {
     /// What a record of the ring tells.
     pub(super) fn seen(view: &RecordView<'_>) -> Self {
-        let has_names = !matches!(
-            view.header.op,
-            op::WRITE | op::SETATTR | op::EXTENDED | op::FSYNC | op::GAP
-        );
         let mut known = Self {
             header: RecordHeader {
                 len_word: 0,
                 page_offset: 0,
                 ..view.header
             },
-            names: if has_names {
+            names: if view.has_names() {
                 view.names()
             } else {
                 NameBody::default()
