@@ -1,7 +1,9 @@
 //! Does one known operation after the other and compares what the ring shows of it.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +15,8 @@ use crate::capture::{Capture, CaptureError, RingConsumer};
 use crate::ids::RingPos;
 use crate::record::{Records, op};
 
+/// Of the blocks that the known operations work on.
+pub(super) const BLOCK_BYTES: usize = 4096;
 const RUN_BYTES_MAX: usize = 1 << 20;
 /// How long a record of somebody else may stay half written.
 const BUSY_LIMIT: Duration = Duration::from_secs(5);
@@ -55,6 +59,21 @@ impl<'a> Bench<'a> {
     /// A path in the directory of the known operations.
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
+    }
+
+    /// Creates a file some blocks long.
+    pub(super) fn file_of_blocks(&self, name: &str) -> Result<File, CaptureError> {
+        let file = done(
+            "create",
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(self.path(name)),
+        )?;
+        write_blocks(&file)?;
+        Ok(file)
     }
 
     /// Takes hold of a name in the directory; its records are looked at from now on.
@@ -188,6 +207,15 @@ fn list<'k>(records: impl Iterator<Item = &'k Known>) -> String {
 }
 
 /// Names an operation that failed.
-pub(super) fn done<T>(operation: &str, result: io::Result<T>) -> Result<T, CaptureError> {
-    result.map_err(|source| CaptureError::system(format!("calibrating: {operation}"), source))
+pub(super) fn done<T, E: Into<io::Error>>(
+    operation: &str,
+    result: Result<T, E>,
+) -> Result<T, CaptureError> {
+    result
+        .map_err(|source| CaptureError::system(format!("calibrating: {operation}"), source.into()))
+}
+
+/// Makes a file some blocks long.
+pub(super) fn write_blocks(file: &File) -> Result<(), CaptureError> {
+    done("write", file.write_all_at(&[7; 4 * BLOCK_BYTES], 0))
 }

@@ -4,9 +4,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
 
-use super::bench::{Bench, done};
+use super::bench::{Bench, done, write_blocks};
 use super::known::Item;
 use crate::capture::CaptureError;
 
@@ -18,16 +17,15 @@ const NAME: &[u8] = b"subvolume";
 
 /// The name of the file that direct writes are tried on.
 pub(super) const DIRECT: &str = "direct";
-const BLOCK_BYTES: usize = 4096;
 
 /// `FS_NOCOW_FL`: written over in place, and so without checksums.
 const FS_NOCOW_FL: libc::c_long = 0x80_0000;
 const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
 const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
 
-/// A file of `blocks` blocks that a direct write reaches past the page cache: newer kernels do not let one do
+/// A file of blocks that a direct write reaches past the page cache: newer kernels do not let one do
 /// so to a file with checksums.
-pub(super) fn direct_file(bench: &mut Bench<'_>, blocks: usize) -> Result<Item, CaptureError> {
+pub(super) fn direct_file(bench: &mut Bench<'_>) -> Result<Item, CaptureError> {
     let file = done("create", File::create(bench.path(DIRECT)))?;
     let item = bench.hold(DIRECT)?;
     let mut flags: libc::c_long = 0;
@@ -42,10 +40,7 @@ pub(super) fn direct_file(bench: &mut Bench<'_>, blocks: usize) -> Result<Item, 
         _ => Err(io::Error::last_os_error()),
     };
     done("chattr +C", answer)?;
-    done(
-        "write",
-        file.write_all_at(&vec![7; blocks * BLOCK_BYTES], 0),
-    )?;
+    write_blocks(&file)?;
     done("fsync", file.sync_all())?;
     bench.begin()?;
     Ok(item)

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
 use twinwrite_abi::{EXTENDED_BYTES_MAX, MAPPED_PAGE_BYTES};
 
-use super::bench::{Bench, done};
+use super::bench::{BLOCK_BYTES, Bench, done};
 use super::btrfs;
 use super::gaps::store;
 use super::known::{Item, Known};
@@ -15,7 +15,6 @@ use crate::capture::probe::bpf_lsm_active;
 use crate::capture::{CaptureError, Filesystem, handle};
 use crate::record::{flag, op};
 
-const BLOCK_BYTES: usize = 4096;
 const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
 const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
 const FS_NODUMP_FLAG: libc::c_long = 0x40;
@@ -31,17 +30,8 @@ fn checked(result: libc::c_int) -> io::Result<()> {
 
 /// fallocate's modes, a direct write and a reflink.
 pub(super) fn ranges(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
-    let file = done(
-        "create",
-        File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(bench.path("ranges")),
-    )?;
+    let file = bench.file_of_blocks("ranges")?;
     let item = bench.hold("ranges")?;
-    done("write", file.write_all_at(&[7; 4 * BLOCK_BYTES], 0))?;
     bench.begin()?;
     let fd = file.as_raw_fd();
     let block = BLOCK_BYTES as u64;
@@ -79,7 +69,7 @@ struct AlignedBlock([u8; BLOCK_BYTES]);
 fn direct(bench: &mut Bench<'_>, item: &Item, pos: u64) -> Result<(), CaptureError> {
     let own;
     let (name, item) = if bench.capture.options().filesystem == Filesystem::Btrfs {
-        own = btrfs::direct_file(bench, 4)?;
+        own = btrfs::direct_file(bench)?;
         (btrfs::DIRECT, &own)
     } else {
         ("ranges", item)
@@ -118,17 +108,8 @@ pub(super) fn mapped(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
         return Ok(());
     }
     let page = MAPPED_PAGE_BYTES;
-    let file = done(
-        "create",
-        File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(bench.path("mapped")),
-    )?;
+    let file = bench.file_of_blocks("mapped")?;
     let item = bench.hold("mapped")?;
-    done("write", file.write_all_at(&[7; 4 * BLOCK_BYTES], 0))?;
     bench.begin()?;
     if let Err(error) = store(&file, 1, false) {
         bench.skip("a store through a shared mapping", error);

@@ -3,31 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
-use std::os::unix::fs::FileExt as _;
 
 use twinwrite_abi::gap;
 
-use super::bench::{Bench, done};
+use super::bench::{BLOCK_BYTES, Bench, done};
 use super::operations::rename_with;
 use crate::capture::probe::bpf_lsm_active;
 use crate::capture::{CaptureError, HOOKS, Need};
 
-const BLOCK_BYTES: usize = 4096;
 /// An ioctl that no file system has.
 const UNKNOWN_IOCTL: libc::c_ulong = 0x4004_eeee;
 
 /// Tries each reason.
 pub(super) fn all(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
-    let file = done(
-        "create",
-        File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(bench.path("gaps")),
-    )?;
-    done("write", file.write_all_at(&[7; 4 * BLOCK_BYTES], 0))?;
+    let file = bench.file_of_blocks("gaps")?;
     done("fsync", file.sync_all())?;
     let fd = file.as_raw_fd();
     collapsed(bench, fd)?;
