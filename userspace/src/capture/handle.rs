@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::IFlags;
 use twinwrite_abi::snapshot;
 
 use crate::ids::Identity;
@@ -276,9 +277,6 @@ const PROJECT_PASSED_ON: u32 = 0x200;
 mod ioctl {
     nix::ioctl_read!(get_attributes, b'X', 31, super::Attributes);
     nix::ioctl_write_ptr!(set_attributes, b'X', 32, super::Attributes);
-    // Declared with a long; the kernel reads and writes an int (ioctl_getflags, fs/ioctl.c).
-    nix::ioctl_read!(get_flags, b'f', 1, libc::c_long);
-    nix::ioctl_write_ptr!(set_flags, b'f', 2, libc::c_long);
 }
 
 fn attributes_of(fd: impl AsFd) -> io::Result<Attributes> {
@@ -317,7 +315,7 @@ pub fn flags_of(fd: impl AsFd) -> io::Result<Option<InodeFlags>> {
         Err(error) => return Err(error),
     };
     Ok(Some(InodeFlags {
-        flags: settable_flags_of(&fd)?,
+        flags: rustix::fs::ioctl_getflags(&fd)?.bits(),
         xflags: attributes.flags,
         extent_bytes: attributes.extent_bytes,
         project: attributes.project,
@@ -356,24 +354,12 @@ pub fn set_flags(fd: impl AsFd, wanted: InodeFlags) -> io::Result<()> {
         // pointer after the call.
         unsafe { ioctl::set_attributes(fd.as_fd().as_raw_fd(), &raw const told) }?;
     }
-    let now = settable_flags_of(&fd)?;
+    let now = rustix::fs::ioctl_getflags(&fd)?.bits();
     let then = (now & !SETTABLE_FLAGS) | (wanted.flags & SETTABLE_FLAGS);
     if now != then {
-        let flags = libc::c_long::from(then);
-        // SAFETY: FS_IOC_SETFLAGS reads an int, the low half of `flags` on this machine, and the kernel
-        // keeps no pointer after the call.
-        unsafe { ioctl::set_flags(fd.as_fd().as_raw_fd(), &raw const flags) }?;
+        rustix::fs::ioctl_setflags(&fd, IFlags::from_bits_retain(then))?;
     }
     Ok(())
-}
-
-/// What `FS_IOC_GETFLAGS` tells.
-fn settable_flags_of(fd: impl AsFd) -> io::Result<u32> {
-    let mut flags: libc::c_long = 0;
-    // SAFETY: FS_IOC_GETFLAGS writes an int, for which `flags` has room, and the kernel keeps no pointer
-    // after the call.
-    unsafe { ioctl::get_flags(fd.as_fd().as_raw_fd(), &raw mut flags) }?;
-    Ok(flags as u32)
 }
 
 fn has_no_flags(error: &io::Error) -> bool {

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+
 use super::bench::{Bench, done, write_blocks};
 use super::known::Item;
 use crate::capture::CaptureError;
@@ -18,28 +20,13 @@ const NAME: &[u8] = b"subvolume";
 /// The name of the file that direct writes are tried on.
 pub(super) const DIRECT: &str = "direct";
 
-/// `FS_NOCOW_FL`: written over in place, and so without checksums.
-const FS_NOCOW_FL: libc::c_long = 0x80_0000;
-const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
-const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
-
-/// A file of blocks that a direct write reaches past the page cache: newer kernels do not let one do
-/// so to a file with checksums.
+/// A file of blocks that a direct write reaches past the page cache: newer kernels do not let one do so to a
+/// file with checksums, which one that is written over in place does not have.
 pub(super) fn direct_file(bench: &mut Bench<'_>) -> Result<Item, CaptureError> {
     let file = done("create", File::create(bench.path(DIRECT)))?;
     let item = bench.hold(DIRECT)?;
-    let mut flags: libc::c_long = 0;
-    // SAFETY: plain system calls on an open descriptor; the pointers are valid for the calls.
-    let answer = unsafe {
-        libc::ioctl(file.as_raw_fd(), FS_IOC_GETFLAGS, &raw mut flags);
-        flags |= FS_NOCOW_FL;
-        libc::ioctl(file.as_raw_fd(), FS_IOC_SETFLAGS, &raw const flags)
-    };
-    let answer = match answer {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    };
-    done("chattr +C", answer)?;
+    let flags = done("lsattr", ioctl_getflags(&file))?;
+    done("chattr +C", ioctl_setflags(&file, flags | IFlags::NOCOW))?;
     write_blocks(&file)?;
     done("fsync", file.sync_all())?;
     bench.begin()?;

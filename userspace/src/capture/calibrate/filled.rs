@@ -1,10 +1,12 @@
 //! Changes whose records hold no bytes, because the agent fills them: extended state, ranges, mapped pages.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
+use rustix::fs::{
+    FallocateFlags, IFlags, XattrFlags, fallocate, fremovexattr, fsetxattr, ioctl_ficlone,
+    ioctl_getflags, ioctl_setflags,
+};
 use twinwrite_abi::{EXTENDED_BYTES_MAX, MAPPED_PAGE_BYTES};
 
 use super::bench::{BLOCK_BYTES, Bench, done};
@@ -15,30 +17,16 @@ use crate::capture::probe::bpf_lsm_active;
 use crate::capture::{CaptureError, Filesystem, handle};
 use crate::record::{flag, op};
 
-const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
-const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
-const FS_NODUMP_FLAG: libc::c_long = 0x40;
-const FICLONE: libc::c_ulong = 0x4004_9409;
-
-fn checked(result: libc::c_int) -> io::Result<()> {
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// fallocate's modes, a direct write and a reflink.
 pub(super) fn ranges(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
     let file = bench.file_of_blocks("ranges")?;
     let item = bench.hold("ranges")?;
     bench.begin()?;
-    let fd = file.as_raw_fd();
     let block = BLOCK_BYTES as u64;
-    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    let zero = libc::FALLOC_FL_ZERO_RANGE;
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let (plain, zero) = (FallocateFlags::empty(), FallocateFlags::ZERO_RANGE);
     for (operation, mode, pos, bytes, told, grown_to) in [
-        ("fallocate", 0, 0, 8 * block, 0, 8 * block),
+        ("fallocate", plain, 0, 8 * block, 0, 8 * block),
         ("punch a hole", punch, block, block, block, 0),
         ("zero a range", zero, 0, block, block, block),
         (
@@ -50,9 +38,7 @@ pub(super) fn ranges(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
             0,
         ),
     ] {
-        // SAFETY: a plain system call on an open descriptor.
-        let result = unsafe { libc::fallocate(fd, mode, pos as i64, bytes as i64) };
-        if let Err(error) = checked(result) {
+        if let Err(error) = fallocate(&file, mode, pos, bytes) {
             bench.skip(operation, error);
             continue;
         }
@@ -60,7 +46,7 @@ pub(super) fn ranges(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
         bench.expect("vfs_fallocate", operation, vec![known])?;
     }
     direct(bench, &item, 2 * block)?;
-    reflink(bench, fd, 8 * block)
+    reflink(bench, &file, 8 * block)
 }
 
 #[repr(C, align(4096))]
@@ -88,12 +74,11 @@ fn direct(bench: &mut Bench<'_>, item: &Item, pos: u64) -> Result<(), CaptureErr
     bench.expect("iomap_dio_complete", "write with O_DIRECT", vec![known])
 }
 
-fn reflink(bench: &mut Bench<'_>, from: RawFd, bytes: u64) -> Result<(), CaptureError> {
+fn reflink(bench: &mut Bench<'_>, from: &File, bytes: u64) -> Result<(), CaptureError> {
     let target = done("create", File::create(bench.path("reflink")))?;
     let item = bench.hold("reflink")?;
     bench.begin()?;
-    // SAFETY: a plain system call on open descriptors.
-    if let Err(error) = checked(unsafe { libc::ioctl(target.as_raw_fd(), FICLONE, from) }) {
+    if let Err(error) = ioctl_ficlone(&target, from) {
         bench.skip("FICLONE", error);
         return Ok(());
     }
@@ -149,24 +134,15 @@ pub(super) fn extended(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
     let file = done("create", File::create(bench.path("extended")))?;
     let item = bench.hold("extended")?;
     bench.begin()?;
-    let fd = file.as_raw_fd();
     let name = c"user.twinwrite";
     told(bench, &item, "__vfs_setxattr_noperm", "setxattr", || {
-        // SAFETY: the name is a C string, the value is as long as said.
-        checked(unsafe { libc::fsetxattr(fd, name.as_ptr(), b"1".as_ptr().cast(), 1, 0) })
+        fsetxattr(&file, name, b"1", XattrFlags::empty())
     })?;
     told(bench, &item, "__vfs_removexattr", "removexattr", || {
-        // SAFETY: the name is a C string.
-        checked(unsafe { libc::fremovexattr(fd, name.as_ptr()) })
+        fremovexattr(&file, name)
     })?;
     told(bench, &item, "vfs_fileattr_set", "FS_IOC_SETFLAGS", || {
-        let mut flags: libc::c_long = 0;
-        // SAFETY: plain system calls on an open descriptor; the pointers are valid for the calls.
-        unsafe {
-            checked(libc::ioctl(fd, FS_IOC_GETFLAGS, &raw mut flags))?;
-            flags |= FS_NODUMP_FLAG;
-            checked(libc::ioctl(fd, FS_IOC_SETFLAGS, &raw const flags))
-        }
+        ioctl_setflags(&file, ioctl_getflags(&file)? | IFlags::NODUMP)
     })?;
     inherited_acl(bench)
 }
@@ -185,18 +161,13 @@ fn inherited_acl(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
     let directory = bench.hold("acl")?;
     let opened = done("open", File::open(bench.path("acl")))?;
     bench.begin()?;
-    let (name, fd) = (c"system.posix_acl_default", opened.as_raw_fd());
+    let name = c"system.posix_acl_default";
     let was_set = told(
         bench,
         &directory,
         "vfs_set_acl",
         "set a default ACL",
-        || {
-            // SAFETY: the name is a C string, the value is as long as said.
-            checked(unsafe {
-                libc::fsetxattr(fd, name.as_ptr(), acl.as_ptr().cast(), acl.len(), 0)
-            })
-        },
+        || fsetxattr(&opened, name, &acl, XattrFlags::empty()),
     )?;
     if !was_set || bench.is_new_told {
         return Ok(());
@@ -224,7 +195,7 @@ fn told(
     item: &Item,
     hook: &'static str,
     operation: &str,
-    act: impl FnOnce() -> io::Result<()>,
+    act: impl FnOnce() -> rustix::io::Result<()>,
 ) -> Result<bool, CaptureError> {
     if let Err(error) = act() {
         bench.skip(operation, error);

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::fd::AsRawFd as _;
 
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use twinwrite_abi::gap;
 
 use super::bench::{BLOCK_BYTES, Bench, done};
-use super::operations::rename_with;
 use crate::capture::probe::bpf_lsm_active;
 use crate::capture::{CaptureError, HOOKS, Need};
 
@@ -18,8 +18,7 @@ const UNKNOWN_IOCTL: libc::c_ulong = 0x4004_eeee;
 pub(super) fn all(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
     let file = bench.file_of_blocks("gaps")?;
     done("fsync", file.sync_all())?;
-    let fd = file.as_raw_fd();
-    collapsed(bench, fd)?;
+    collapsed(bench, &file)?;
     for (block, read_first) in [(0, false), (1, true)] {
         let operation = if read_first {
             "store after a load"
@@ -33,12 +32,13 @@ pub(super) fn all(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
     }
     let (from, to) = (bench.path("gaps"), bench.path("gaps-moved"));
     noticed(bench, gap::WHITEOUT, "rename with RENAME_WHITEOUT", || {
-        rename_with(&from, &to, libc::RENAME_WHITEOUT)
+        renameat_with(CWD, &from, CWD, &to, RenameFlags::WHITEOUT)?;
+        Ok(())
     })?;
     if bpf_lsm_active() {
         noticed(bench, gap::IOCTL, "an unknown ioctl", || {
             // SAFETY: the command is unknown, so nothing reads the argument.
-            let _ = unsafe { libc::ioctl(fd, UNKNOWN_IOCTL, 0) };
+            let _ = unsafe { libc::ioctl(file.as_raw_fd(), UNKNOWN_IOCTL, 0) };
             Ok(())
         })?;
     } else {
@@ -48,21 +48,13 @@ pub(super) fn all(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
 }
 
 /// The file becomes shorter in its middle.
-fn collapsed(bench: &mut Bench<'_>, fd: RawFd) -> Result<(), CaptureError> {
+fn collapsed(bench: &mut Bench<'_>, file: &File) -> Result<(), CaptureError> {
     let operation = "collapse a range";
     noticed(bench, gap::FALLOCATE, operation, || {
-        let (mode, block) = (libc::FALLOC_FL_COLLAPSE_RANGE, BLOCK_BYTES as libc::off_t);
-        // SAFETY: a plain system call on an open descriptor.
-        checked(unsafe { libc::fallocate(fd, mode, block, block) })
-    })
-}
-
-fn checked(result: libc::c_int) -> io::Result<()> {
-    if result == 0 {
+        let block = BLOCK_BYTES as u64;
+        fallocate(file, FallocateFlags::COLLAPSE_RANGE, block, block)?;
         Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    })
 }
 
 /// A store into one block; the two ways a page becomes writable differ in the kernel.

@@ -1,14 +1,14 @@
 //! The known operations, in an order in which each builds on those before it.
 
-use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, IoSlice, Seek as _, SeekFrom, Write as _};
+use std::io::{IoSlice, Seek as _, SeekFrom, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, RenameFlags, linkat, makedev, mknodat, renameat_with,
+};
 use twinwrite_abi::ATTR_SIZE;
 
 use super::bench::{Bench, done};
@@ -43,18 +43,6 @@ fn create_hook(bench: &Bench<'_>) -> &'static str {
     match bench.capture.options().filesystem {
         Filesystem::Ext4 | Filesystem::Btrfs => "d_instantiate_new",
         Filesystem::Xfs => "d_instantiate",
-    }
-}
-
-fn c_path(path: &Path) -> io::Result<CString> {
-    Ok(CString::new(path.as_os_str().as_bytes())?)
-}
-
-fn checked(result: libc::c_long) -> io::Result<()> {
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 
@@ -178,12 +166,10 @@ pub(super) fn names(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
 
     for (name, mode, device) in [
         ("fifo", libc::S_IFIFO | 0o640, 0),
-        ("device", libc::S_IFCHR | 0o600, libc::makedev(1, 3)),
+        ("device", libc::S_IFCHR | 0o600, makedev(1, 3)),
     ] {
-        let path = done(name, c_path(&bench.path(name)))?;
-        // SAFETY: `path` is a C string.
-        let made = checked(unsafe { libc::mknod(path.as_ptr(), mode, device) }.into());
-        match made {
+        let (format, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode));
+        match mknodat(CWD, bench.path(name), format, mode, device) {
             Ok(()) => {
                 let item = bench.hold(name)?;
                 let known = Known::named(op::CREATE, &item, &bench.root, name)?;
@@ -254,22 +240,12 @@ fn unnamed(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
         vec![written, marked],
     )?;
 
-    let source = done(
-        "path",
-        c_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd()))),
+    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let target = bench.path("named");
+    done(
+        "linkat of an unnamed file",
+        linkat(CWD, source, CWD, target, AtFlags::SYMLINK_FOLLOW),
     )?;
-    let target = done("path", c_path(&bench.path("named")))?;
-    // SAFETY: both are C strings.
-    let linked = unsafe {
-        libc::linkat(
-            libc::AT_FDCWD,
-            source.as_ptr(),
-            libc::AT_FDCWD,
-            target.as_ptr(),
-            libc::AT_SYMLINK_FOLLOW,
-        )
-    };
-    done("linkat of an unnamed file", checked(linked.into()))?;
     let mut known = Known::named(op::LINK, &item, &bench.root, "named")?;
     known.header.flags = flag::FROM_TMPFILE;
     bench.expect("d_instantiate", "linkat of an unnamed file", vec![known])
@@ -305,15 +281,13 @@ pub(super) fn moves(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
     )?;
     let other = bench.hold("directory/linked")?;
     bench.begin()?;
-    match rename_with(&left, &right, libc::RENAME_EXCHANGE) {
+    let exchange = || renameat_with(CWD, &left, CWD, &right, RenameFlags::EXCHANGE);
+    match exchange() {
         Ok(()) => {
             let known = Known::named(op::EXCHANGE, &item, &bench.root, "victim")?;
             let known = known.to(&parent, "linked", Some(&other))?;
             bench.expect("d_exchange", "rename with RENAME_EXCHANGE", vec![known])?;
-            done(
-                "rename back",
-                rename_with(&left, &right, libc::RENAME_EXCHANGE),
-            )?;
+            done("rename back", exchange())?;
             bench.begin()
         }
         Err(error) => {
@@ -321,22 +295,6 @@ pub(super) fn moves(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
             Ok(())
         }
     }
-}
-
-pub(super) fn rename_with(from: &Path, to: &Path, flags: libc::c_uint) -> io::Result<()> {
-    let (from, to) = (c_path(from)?, c_path(to)?);
-    // SAFETY: both are C strings.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_renameat2,
-            libc::AT_FDCWD,
-            from.as_ptr(),
-            libc::AT_FDCWD,
-            to.as_ptr(),
-            flags,
-        )
-    };
-    checked(result)
 }
 
 /// Every attribute, compared with the state after; `arg` is compared in its size bit only, because
