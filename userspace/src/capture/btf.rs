@@ -4,7 +4,7 @@
 //! never guess: a member that is missing under all its names is an error.
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use btf_rs::{Btf, BtfType, Struct, Type};
 
@@ -194,9 +194,26 @@ pub(super) fn running_globals() -> Result<&'static [Setting], CaptureError> {
     Ok(RUNNING.get_or_init(|| globals))
 }
 
+/// Where a directory has the flags that it hands on, and which these are.
+type HandedOnGlobals = [Setting; 2];
+
+/// Found once for each file system, as [`RUNNING`] is. What is not found is looked for again: a module may be
+/// loaded later.
+static HANDED_ON: Mutex<Vec<(Filesystem, HandedOnGlobals)>> = Mutex::new(Vec::new());
+
 /// The globals that tell where a directory has the flags that it hands on, from the types of the file system's
 /// module; `None` if the kernel does not show them.
-pub(super) fn handed_on_globals(filesystem: Filesystem) -> Option<[Setting; 2]> {
+pub(super) fn handed_on_globals(filesystem: Filesystem) -> Option<HandedOnGlobals> {
+    let mut found = HANDED_ON.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, globals)) = found.iter().find(|(of, _)| *of == filesystem) {
+        return Some(*globals);
+    }
+    let globals = find_handed_on(filesystem)?;
+    found.push((filesystem, globals));
+    Some(globals)
+}
+
+fn find_handed_on(filesystem: Filesystem) -> Option<HandedOnGlobals> {
     let HandedOn {
         module,
         structure,

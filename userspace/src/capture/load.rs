@@ -373,8 +373,7 @@ fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
     for (name, value) in handed_on.iter().flatten() {
         loader.override_global(name, value, true);
     }
-    // Where nobody knows what a directory hands on, it may always be something.
-    let is_always_told = u64::from(probe::labels_what_is_made() || handed_on.is_none());
+    let is_always_told = u64::from(probe::is_state_of_new_told(options.filesystem));
     loader.override_global("STATE_OF_NEW", &is_always_told, true);
     loader.map_max_entries("RING", options.ring_bytes);
     for (name, path) in host::pins()? {

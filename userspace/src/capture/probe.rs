@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::Filesystem;
 use super::btf::{self, KernelTypes};
 use super::hooks::{HOOKS, Hook, Kind, Need};
 use super::object::object;
@@ -214,9 +215,15 @@ pub fn bpf_lsm_active() -> bool {
     *ACTIVE
 }
 
+/// Whether the extended state of all that is made is told, because it may have something that nobody gave it:
+/// also where nobody knows what a directory hands on.
+pub(super) fn is_state_of_new_told(filesystem: Filesystem) -> bool {
+    labels_what_is_made() || btf::handed_on_globals(filesystem).is_none()
+}
+
 /// Whether a security module gives what is made a label, kept in an extended attribute
 /// (`inode_init_security`).
-pub(super) fn labels_what_is_made() -> bool {
+fn labels_what_is_made() -> bool {
     static LABELS: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
         // A list that cannot be read may have them.
         let has_labels = is_any_in_lsm_list(&["selinux", "smack"]).unwrap_or(true);

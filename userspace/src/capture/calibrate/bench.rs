@@ -9,8 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::known::{Item, Known};
-use crate::capture::btf::handed_on_globals;
-use crate::capture::probe::labels_what_is_made;
+use crate::capture::probe::is_state_of_new_told;
 use crate::capture::{Capture, CaptureError, RingConsumer};
 use crate::ids::RingPos;
 use crate::record::{Records, op};
@@ -43,8 +42,7 @@ impl<'a> Bench<'a> {
         let mut bench = Self {
             capture,
             consumer,
-            is_new_told: labels_what_is_made()
-                || handed_on_globals(capture.options().filesystem).is_none(),
+            is_new_told: is_state_of_new_told(capture.options().filesystem),
             ours: HashSet::from([root.identity.ino]),
             root,
             directory: directory.to_owned(),
