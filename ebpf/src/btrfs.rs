@@ -3,7 +3,6 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fentry, fexit, lsm, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext, LsmContext};
@@ -33,12 +32,6 @@ struct Begun {
 /// missed if it was pushed out.
 #[map]
 static BEGUN: LruHashMap<u64, Begun> = LruHashMap::with_max_entries(16384, 0);
-
-#[inline(always)]
-fn thread() -> u64 {
-    // SAFETY: the helper has no precondition.
-    unsafe { bpf_get_current_pid_tgid() }
-}
 
 /// Where a write goes: the file's lock is held, and for `O_APPEND` the position is the end.
 #[fexit(function = "generic_write_checks")]

@@ -4,7 +4,6 @@
 //! until that is mirrored: unlike a buffered one it may be on the disk before older bytes of the log. Any
 //! other closes the epoch: its answer reaches somebody on a way on which nobody can be stopped.
 
-use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
@@ -34,12 +33,6 @@ struct Written {
 /// By thread. A write that finds no room in it closes the epoch.
 #[map]
 static WRITTEN: HashMap<u64, Written> = HashMap::with_max_entries(4096, 0);
-
-#[inline(always)]
-fn thread() -> u64 {
-    // SAFETY: the helper has no precondition.
-    unsafe { bpf_get_current_pid_tgid() }
-}
 
 /// A direct write is about to drop what the page cache holds of its range, before it asks the device for
 /// anything. If its answer may be reaped by another thread, the wait for the end of the epoch begins here,

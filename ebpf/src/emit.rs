@@ -167,12 +167,18 @@ pub fn wanted(inode: *const u8) -> Option<Control> {
     Some(control)
 }
 
+/// The running thread, `thread group << 32 | thread`.
+#[inline(always)]
+pub fn thread() -> u64 {
+    // SAFETY: the helper has no precondition.
+    unsafe { bpf_get_current_pid_tgid() }
+}
+
 /// Whether the agent is running.
 #[inline(always)]
 pub fn is_agent(control: Control) -> bool {
-    // SAFETY: the helper has no precondition.
-    let tgid = unsafe { bpf_get_current_pid_tgid() } >> 32;
-    tgid == control.read(control::AGENT_TGID)
+    let thread_group = thread() >> 32;
+    thread_group == control.read(control::AGENT_TGID)
         && group_start_ticks() == control.read(control::AGENT_START_TICKS)
 }
 

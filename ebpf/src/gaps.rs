@@ -2,7 +2,6 @@
 //!
 //! A hook here may notice too much, never too little.
 
-use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::{fexit, lsm, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{FExitContext, LsmContext};
@@ -41,18 +40,15 @@ pub unsafe fn note_early(inode: *const u8, reason: usize) -> Option<()> {
     const NEW_ONLY: u64 = 1;
     let control = wanted(inode)?;
     note_gap(control, reason, inode);
-    // SAFETY: the helper has no precondition; the caller passes an inode that `wanted` accepted.
-    let (thread, early) = unsafe {
-        (
-            bpf_get_current_pid_tgid(),
-            Early {
-                ino: member(inode, &INODE_INO),
-                generation: member(inode, &INODE_GENERATION),
-                reason: reason as u32,
-            },
-        )
+    // SAFETY: the caller passes an inode that `wanted` accepted.
+    let early = unsafe {
+        Early {
+            ino: member(inode, &INODE_INO),
+            generation: member(inode, &INODE_GENERATION),
+            reason: reason as u32,
+        }
     };
-    if EARLY.insert(&thread, &early, NEW_ONLY).is_ok() {
+    if EARLY.insert(&thread(), &early, NEW_ONLY).is_ok() {
         control.increment(control::EARLY_NOTES);
     }
     Some(())

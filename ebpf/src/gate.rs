@@ -108,13 +108,6 @@ impl Wait {
 #[map]
 static PENDING: HashMap<u64, Wait> = HashMap::with_max_entries(32768, 0);
 
-/// The running thread, `thread group << 32 | thread`.
-#[inline(always)]
-pub fn thread() -> u64 {
-    // SAFETY: the helper has no precondition.
-    unsafe { bpf_get_current_pid_tgid() }
-}
-
 /// The monotonic clock.
 #[inline(always)]
 pub fn now_ns() -> u64 {

@@ -19,7 +19,7 @@ use twinwrite_abi::{TICK_NS, control, gap, held};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate::{Wait, note, now_ns, thread};
+use crate::gate::{Wait, note, now_ns};
 use crate::workers;
 
 const BPF_F_MMAPABLE: u32 = 1 << 10;

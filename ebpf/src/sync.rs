@@ -15,7 +15,7 @@ use twinwrite_abi::{control, flag, op};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate::{self, thread};
+use crate::gate;
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFDIR: u32 = 0o040_000;

@@ -1,7 +1,6 @@
 //! Calls whose change others can see before its record, or its gap, is in the ring, because the hook that
 //! writes it runs after the inode's lock was let go. While one is under way no fsync trusts the log alone.
 
-use aya_ebpf::helpers::generated::bpf_get_current_pid_tgid;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::HashMap;
 use twinwrite_abi::{control, gap};
@@ -13,12 +12,6 @@ use crate::gate;
 /// change is to be told.
 #[map]
 static UNDER_WAY: HashMap<u64, u64> = HashMap::with_max_entries(16384, 0);
-
-#[inline(always)]
-fn thread() -> u64 {
-    // SAFETY: the helper has no precondition.
-    unsafe { bpf_get_current_pid_tgid() }
-}
 
 /// Such a call on `inode` begins. `reason`: what the change is a gap of if there is no room for the thread.
 #[inline(always)]

@@ -23,9 +23,7 @@ use twinwrite_abi::{control, gap, held};
 
 use crate::config::*;
 use crate::emit::*;
-use crate::gate::{
-    self, CANNOT_STOP, IO_WORKER, Wait, current, note, now_ns, thread, unless_ending,
-};
+use crate::gate::{self, CANNOT_STOP, IO_WORKER, Wait, current, note, now_ns, unless_ending};
 use crate::hold::*;
 
 /// Thread groups for whose other threads a worker waits, see `twinwrite_abi::held`.
