@@ -7,7 +7,7 @@
 use aya_ebpf::macros::{fentry, fexit, map};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::{FEntryContext, FExitContext};
-use twinwrite_abi::{FILLED_BYTES_MAX, control, flag, gap, held, op};
+use twinwrite_abi::{FILLED_BYTES_MAX, flag, gap, held, op};
 
 use crate::calls;
 use crate::config::*;
@@ -128,8 +128,7 @@ fn emit_written(control: Control, written: &Written) -> Option<()> {
     };
     let generation = gate::generation(control);
     if written.pos + written.bytes > size {
-        let before = control.increment(control::GAPS + gap::DIRECT_IO);
-        if before == control.read(control::GAPS_SEEN + gap::DIRECT_IO) {
+        if count_gap(control, gap::DIRECT_IO) {
             head.op = op::GAP;
             head.flags = 0;
             head.data_len = 0;

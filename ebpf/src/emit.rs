@@ -352,12 +352,18 @@ pub fn wake_consumer(control: Control) {
     }
 }
 
-/// Notes a change that is not captured: counts it, and writes a GAP record if it is the first of
-/// its reason since the agent acknowledged the ones before.
+/// Counts a change that is not captured; whether a GAP record must tell it, because it is the first of its
+/// reason since the agent acknowledged the ones before.
+#[inline(always)]
+pub fn count_gap(control: Control, reason: usize) -> bool {
+    let before = control.increment(control::GAPS + reason);
+    before == control.read(control::GAPS_SEEN + reason)
+}
+
+/// Notes a change of an inode that is not captured: counts it, and tells it if need be.
 #[inline(always)]
 pub fn note_gap(control: Control, reason: usize, inode: *const u8) {
-    let before = control.increment(control::GAPS + reason);
-    if before != control.read(control::GAPS_SEEN + reason) {
+    if !count_gap(control, reason) {
         return;
     }
     // SAFETY: callers pass the inode that `wanted` accepted.

@@ -65,8 +65,7 @@ pub fn note_late(control: Control, thread: u64) -> Option<()> {
     let _ = EARLY.remove(&thread);
     control.add(control::EARLY_NOTES, u64::MAX);
     let reason = early.reason as usize & (gap::COUNT - 1);
-    let before = control.increment(control::GAPS + reason);
-    if before == control.read(control::GAPS_SEEN + reason) {
+    if count_gap(control, reason) {
         let head = Head {
             op: op::GAP,
             flags: 0,

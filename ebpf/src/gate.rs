@@ -320,11 +320,10 @@ pub fn unless_ending(control: Control, limit_ns: u64) -> u64 {
     if ends { 0 } else { limit_ns }
 }
 
-/// Counts a gap that is not about one inode, and tells it.
+/// As [`note_gap`], for a gap that is not about one inode.
 #[inline(always)]
 pub fn note(control: Control, reason: usize) {
-    let before = control.increment(control::GAPS + reason);
-    if before != control.read(control::GAPS_SEEN + reason) {
+    if !count_gap(control, reason) {
         return;
     }
     // SAFETY: all members are integers.
