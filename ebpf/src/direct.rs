@@ -143,8 +143,7 @@ fn emit_written(control: Control, written: &Written) -> Option<()> {
         emit(control, head).unwrap_or(held::UNTIL_CLOSED),
         generation,
     );
-    unnoticed::end();
-    gate::require_wait(control, &wait);
+    gate::require_wait(control, wait);
     Some(())
 }
 

@@ -276,11 +276,8 @@ pub fn require_closed(control: Control, generation: u64) {
 
 /// Makes the running call, which is no thread's of the kernel, wait for what it has told.
 #[inline(always)]
-pub fn require_wait(control: Control, wait: &Wait) {
-    if !wait.is_over(control) {
-        wake_consumer(control);
-    }
-    await_at_exit(control, wait);
+pub fn require_wait(control: Control, wait: Wait) {
+    await_at_exit(control, &told(control, wait));
 }
 
 /// Makes the running thread wait at the end of its system call.
