@@ -70,11 +70,7 @@ pub fn emit_range(control: Control, inode: *const u8, range: Range) {
     // SAFETY: callers pass an inode from the hook's arguments.
     let mut head = unsafe { head_of(op::WRITE, inode) };
     let size = head.size_after;
-    head.size_after = if range.grown_to > size {
-        size
-    } else {
-        range.grown_to
-    };
+    head.size_after = range.grown_to;
     let end = range.pos.wrapping_add(range.bytes);
     let end = if end > size { size } else { end };
     head.flags = range.flags;
