@@ -32,15 +32,16 @@ unsafe fn inode_of(dentry: *const u8) -> *const u8 {
     unsafe { member(dentry, &DENTRY_INODE) }
 }
 
+/// Tells what a call has changed, if it has.
+///
+/// # Safety
+/// As [`emit_extended`].
 #[inline(always)]
-fn changed(ctx: &FExitContext) -> Option<()> {
-    // SAFETY: the arguments of the hooked function.
-    unsafe {
-        let inode = inode_of(ctx.arg(1));
-        let control = wanted(inode)?;
-        if ctx.ret::<i32>().ok()? == 0 {
-            emit_extended(control, inode);
-        }
+unsafe fn changed(ctx: &FExitContext, inode: *const u8) -> Option<()> {
+    let control = wanted(inode)?;
+    if ctx.ret::<i32>().ok()? == 0 {
+        // SAFETY: the caller's.
+        unsafe { emit_extended(control, inode) };
     }
     Some(())
 }
@@ -50,7 +51,8 @@ macro_rules! locked {
         $(#[$m])*
         #[fexit(function = $function)]
         pub fn $name(ctx: FExitContext) -> i32 {
-            changed(&ctx);
+            // SAFETY: the arguments of the hooked function.
+            unsafe { changed(&ctx, inode_of(ctx.arg(1))) };
             0
         }
     )* };
@@ -78,7 +80,8 @@ macro_rules! unlocked {
         /// Its end.
         #[fexit(function = $function)]
         pub fn $end(ctx: FExitContext) -> i32 {
-            changed(&ctx);
+            // SAFETY: the arguments of the hooked function.
+            unsafe { changed(&ctx, inode_of(ctx.arg(1))) };
             unnoticed::end();
             0
         }
@@ -88,16 +91,14 @@ macro_rules! unlocked {
 /// An ACL set or removed: also by the kernel's NFS server, which passes by the hooks below.
 #[fexit(function = "set_posix_acl")]
 pub fn extended_acl(ctx: FExitContext) -> i32 {
-    if ACL_BY_DENTRY.load() == 1 {
-        changed(&ctx);
-        return 0;
-    }
-    let inode: *const u8 = ctx.arg(1);
-    if let Some(control) = wanted(inode)
-        && matches!(ctx.ret::<i32>(), Ok(0))
-    {
-        // SAFETY: an argument of the hooked function.
-        unsafe { emit_extended(control, inode) };
+    // SAFETY: the arguments of the hooked function.
+    unsafe {
+        let inode = if ACL_BY_DENTRY.load() == 1 {
+            inode_of(ctx.arg(1))
+        } else {
+            ctx.arg(1)
+        };
+        changed(&ctx, inode);
     }
     0
 }
