@@ -23,10 +23,9 @@ pub use syncing::{Rule, Waits};
 
 /// Application threads.
 pub const THREADS: usize = 3;
-/// What every change's `ATTR_SIZE` etc. look like.
+/// As `ATTR_SIZE`, of modes and owners.
 const ATTR_MODE: u64 = 1;
 const ATTR_UID: u64 = 1 << 1;
-const ATTR_SIZE: u64 = 1 << 3;
 /// Bytes of a mark's record.
 const MARK_BYTES: u64 = 64;
 

@@ -2,8 +2,9 @@
 
 use twinwrite::ids::Identity;
 use twinwrite::record::{AttrBody, NameBody, RecordHeader, encode, flag, op};
+use twinwrite_abi::ATTR_SIZE;
 
-use super::{ATTR_MODE, ATTR_SIZE, ATTR_UID, Kernel, MAX_BLOCKS};
+use super::{ATTR_MODE, ATTR_UID, Kernel, MAX_BLOCKS};
 use crate::history::{History, Register, as_value};
 use crate::image::{BLOCK_BYTES, Mutation};
 

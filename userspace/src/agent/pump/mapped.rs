@@ -1,6 +1,6 @@
 //! What a pump does about pages that are changed through mappings.
 
-use twinwrite_abi::gap;
+use twinwrite_abi::{ATTR_SIZE, gap};
 
 use super::Pump;
 use crate::agent::mapper::Mapper;
@@ -10,7 +10,6 @@ use crate::record::{RecordMeta, flag, op};
 
 /// Tells the mapper what a record means for the pages that it knows.
 pub(super) fn tell_mapper(mapper: &Mapper, meta: &RecordMeta, seq: Seq) {
-    const ATTR_SIZE: u64 = 1 << 3;
     if meta.op == op::SETATTR && meta.arg & ATTR_SIZE != 0 {
         // The page with the end of the file stays mapped, and the log has zeros there now.
         mapper.rewritten(meta.identity, meta.size_after, u64::MAX, seq);
