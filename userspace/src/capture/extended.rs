@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
@@ -46,11 +46,6 @@ impl ExtendedState {
     }
 }
 
-/// A path that names a descriptor's file whatever its type, symlinks included.
-fn magic_path(fd: impl AsFd) -> String {
-    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
-}
-
 /// What the inode has now; `None` if it is gone, linked or not.
 ///
 /// # Errors
@@ -83,7 +78,7 @@ fn open_for_flags(mount: impl AsFd, identity: Identity, mode: u32) -> io::Result
 
 /// All attributes but twinwrite's own; one that goes meanwhile is not among them.
 fn attributes_of(fd: &OwnedFd) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
-    let path = magic_path(fd);
+    let path = handle::magic_path(fd);
     let mut names = vec![0; LIST_BYTES_MAX];
     let len = match rustix::fs::listxattr(&path, &mut names[..]) {
         Ok(len) => len,
@@ -121,7 +116,7 @@ pub fn set_attribute(
 ) -> io::Result<()> {
     let fd = handle::open(mount, identity, libc::O_PATH | libc::O_NOFOLLOW)?
         .ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
-    let path = magic_path(&fd);
+    let path = handle::magic_path(&fd);
     match value {
         Some(value) => Ok(rustix::fs::setxattr(
             path,

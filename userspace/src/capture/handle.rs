@@ -235,6 +235,11 @@ fn name_to_handle(fd: impl AsFd, name: &CStr, flags: i32) -> io::Result<Handle> 
     Ok(handle)
 }
 
+/// A path that names a descriptor's file whatever its type, symlinks included.
+pub fn magic_path(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
 /// Asks the programs for a record of `pages` of an open file from number `first` on. Where they are not
 /// attached nothing happens: the file system does not know the call.
 pub fn ask_for_snapshot(fd: impl AsFd, first: u64, pages: u64) {

@@ -120,12 +120,6 @@ impl Disk {
         }
     }
 
-    /// A path that names a descriptor's file whatever its type, symlinks included.
-    fn magic_path(fd: &OwnedFd) -> String {
-        use std::os::fd::AsRawFd;
-        format!("/proc/self/fd/{}", fd.as_raw_fd())
-    }
-
     fn path_fd(&self, inode: Identity) -> Step<OwnedFd> {
         self.must_find(inode, libc::O_PATH | libc::O_NOFOLLOW)
     }
@@ -256,7 +250,7 @@ impl Volume for Disk {
         let what = || format!("find the parent of directory {directory}");
         let fd = self.directory(directory)?;
         // The kernel connects a directory opened by handle to its path, and knows its name.
-        let path = std::fs::read_link(Self::magic_path(fd)).map_err(failed(what))?;
+        let path = std::fs::read_link(handle::magic_path(fd)).map_err(failed(what))?;
         let parent_fd = rustix::fs::openat(fd, "..", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(failed(what))?;
         let parent = handle::identity_of(&parent_fd).map_err(failed(what))?;
@@ -277,7 +271,7 @@ impl Volume for Disk {
     fn stamp(&mut self, inode: Identity) -> Step<Option<Stamp>> {
         let fd = self.path_fd(inode)?;
         let mut text = [0; 128];
-        match rustix::fs::getxattr(Self::magic_path(&fd), STAMP_ATTRIBUTE, &mut text[..]) {
+        match rustix::fs::getxattr(handle::magic_path(&fd), STAMP_ATTRIBUTE, &mut text[..]) {
             Ok(len) => Ok(parse_stamp(text.get(..len).unwrap_or(&[]))),
             Err(rustix::io::Errno::NODATA | rustix::io::Errno::RANGE) => Ok(None),
             Err(error) => Err(failed(|| {
@@ -296,7 +290,7 @@ impl Volume for Disk {
     fn set_stamp(&mut self, inode: Identity, stamp: Option<Stamp>) -> Step<()> {
         let what = || format!("set {STAMP_ATTRIBUTE} of inode {inode}");
         let fd = self.path_fd(inode)?;
-        let path = Self::magic_path(&fd);
+        let path = handle::magic_path(&fd);
         match stamp {
             Some(Stamp { epoch, identity }) => {
                 let text = format!("{epoch} {} {}", identity.ino, identity.generation);
@@ -389,7 +383,7 @@ impl Volume for Disk {
 
     fn set_permissions(&mut self, inode: Identity, mode: u32) -> Step<()> {
         let fd = self.path_fd(inode)?;
-        rustix::fs::chmod(Self::magic_path(&fd), Mode::from_raw_mode(mode & 0o7777))
+        rustix::fs::chmod(handle::magic_path(&fd), Mode::from_raw_mode(mode & 0o7777))
             .map_err(failed(|| format!("set the mode of inode {inode}")))
     }
 
@@ -418,7 +412,7 @@ impl Volume for Disk {
     fn attribute(&mut self, inode: Identity, name: &[u8]) -> Step<Option<Vec<u8>>> {
         let fd = self.path_fd(inode)?;
         let mut value = vec![0; VALUE_BYTES_MAX];
-        match rustix::fs::getxattr(Self::magic_path(&fd), name, &mut value[..]) {
+        match rustix::fs::getxattr(handle::magic_path(&fd), name, &mut value[..]) {
             Ok(len) => {
                 value.truncate(len);
                 Ok(Some(value))

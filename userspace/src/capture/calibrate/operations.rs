@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{IoSlice, Seek as _, SeekFrom, Write as _};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::time::{Duration, SystemTime};
 
@@ -13,6 +12,7 @@ use twinwrite_abi::ATTR_SIZE;
 
 use super::bench::{Bench, done};
 use super::known::{Item, Known, atime_ns};
+use crate::capture::handle::magic_path;
 use crate::capture::{CaptureError, Filesystem};
 use crate::record::{flag, op};
 
@@ -240,7 +240,7 @@ fn unnamed(bench: &mut Bench<'_>) -> Result<(), CaptureError> {
         vec![written, marked],
     )?;
 
-    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let source = magic_path(&file);
     let target = bench.path("named");
     done(
         "linkat of an unnamed file",

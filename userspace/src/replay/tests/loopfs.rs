@@ -1,7 +1,7 @@
 //! Real file systems: images on loop devices, crashed by copying the image while it is mounted.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -293,7 +293,7 @@ impl Live for LiveDisk {
             }
             Op::SetAttribute { inode, name, value } => {
                 let fd = self.open(*inode, libc::O_PATH | libc::O_NOFOLLOW);
-                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                let path = handle::magic_path(&fd);
                 let flags = rustix::fs::XattrFlags::empty();
                 match value {
                     Some(value) => rustix::fs::setxattr(path, name.as_slice(), value, flags),
@@ -467,7 +467,7 @@ fn read_body(root: &OwnedFd, inode: Identity, format: u32) -> Body {
     match format {
         0o100_000 => {
             let fd = open(libc::O_RDONLY);
-            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            let path = handle::magic_path(&fd);
             Body::File(std::fs::read(path).expect("read"))
         }
         0o120_000 => {
