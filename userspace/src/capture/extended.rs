@@ -19,6 +19,9 @@ pub const OWN_PREFIX: &[u8] = b"trusted.twinwrite.";
 /// Longest list of names (`XATTR_LIST_MAX`).
 const LIST_BYTES_MAX: usize = 64 * 1024;
 
+/// Extended attributes, by their names.
+pub type Attributes = BTreeMap<Vec<u8>, Vec<u8>>;
+
 /// As [`Extended`], but holds its attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExtendedState {
@@ -27,7 +30,7 @@ pub struct ExtendedState {
     /// Flags and project; `None` for what has none.
     pub flags: Option<InodeFlags>,
     /// Every extended attribute but twinwrite's own.
-    pub attributes: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub attributes: Attributes,
 }
 
 impl ExtendedState {
@@ -51,33 +54,55 @@ impl ExtendedState {
 /// # Errors
 /// What the kernel answers.
 pub fn read(mount: impl AsFd, identity: Identity) -> io::Result<Option<ExtendedState>> {
-    const PATH: i32 = libc::O_PATH | libc::O_NOFOLLOW;
-    let Some(fd) = handle::open_linked_or_not(&mount, identity, PATH)? else {
+    let Some(fd) = find(&mount, identity)? else {
         return Ok(None);
     };
     let mode = rustix::fs::fstat(&fd)?.st_mode;
-    let flags = match open_for_flags(&mount, identity, mode)? {
-        Some(fd) => handle::flags_of(fd)?,
-        None => None,
-    };
     Ok(Some(ExtendedState {
         mode,
-        flags,
+        flags: flags_of(&mount, identity, mode)?,
         attributes: attributes_of(&fd)?,
     }))
 }
 
-/// A descriptor on which an ioctl reaches the file system: symlinks and special files have none.
-fn open_for_flags(mount: impl AsFd, identity: Identity, mode: u32) -> io::Result<Option<OwnedFd>> {
+/// Every attribute but twinwrite's own that the inode has now; `None` if it is gone, linked or not.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn read_attributes(mount: impl AsFd, identity: Identity) -> io::Result<Option<Attributes>> {
+    let fd = find(mount, identity)?;
+    fd.map(|fd| attributes_of(&fd)).transpose()
+}
+
+/// Flags and project that the inode has now; `None` for what has none, or is gone, linked or not.
+///
+/// # Errors
+/// What the kernel answers.
+pub fn read_flags(mount: impl AsFd, identity: Identity) -> io::Result<Option<InodeFlags>> {
+    let Some(fd) = find(&mount, identity)? else {
+        return Ok(None);
+    };
+    flags_of(mount, identity, rustix::fs::fstat(&fd)?.st_mode)
+}
+
+fn find(mount: impl AsFd, identity: Identity) -> io::Result<Option<OwnedFd>> {
+    handle::open_linked_or_not(mount, identity, libc::O_PATH | libc::O_NOFOLLOW)
+}
+
+/// That takes a descriptor on which an ioctl reaches the file system: symlinks and special files have none.
+fn flags_of(mount: impl AsFd, identity: Identity, mode: u32) -> io::Result<Option<InodeFlags>> {
     if !matches!(mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR) {
         return Ok(None);
     }
-    let flags = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOATIME;
-    handle::open_linked_or_not(mount, identity, flags)
+    let how = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOATIME;
+    match handle::open_linked_or_not(mount, identity, how)? {
+        Some(fd) => handle::flags_of(fd),
+        None => Ok(None),
+    }
 }
 
 /// All attributes but twinwrite's own; one that goes meanwhile is not among them.
-fn attributes_of(fd: &OwnedFd) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+fn attributes_of(fd: &OwnedFd) -> io::Result<Attributes> {
     let path = handle::magic_path(fd);
     let mut names = vec![0; LIST_BYTES_MAX];
     let len = match rustix::fs::listxattr(&path, &mut names[..]) {

@@ -403,10 +403,10 @@ impl Volume for Disk {
     }
 
     fn attributes(&mut self, inode: Identity) -> Step<BTreeMap<Vec<u8>, Vec<u8>>> {
-        let state = extended::read(&self.root_fd, inode).map_err(failed(|| {
+        let attributes = extended::read_attributes(&self.root_fd, inode).map_err(failed(|| {
             format!("read the extended attributes of inode {inode}")
         }))?;
-        Ok(state.unwrap_or_default().attributes)
+        Ok(attributes.unwrap_or_default())
     }
 
     fn attribute(&mut self, inode: Identity, name: &[u8]) -> Step<Option<Vec<u8>>> {
@@ -440,9 +440,8 @@ impl Volume for Disk {
     }
 
     fn flags(&mut self, inode: Identity) -> Step<Option<InodeFlags>> {
-        let state = extended::read(&self.root_fd, inode)
-            .map_err(failed(|| format!("read the flags of inode {inode}")))?;
-        Ok(state.and_then(|state| state.flags))
+        extended::read_flags(&self.root_fd, inode)
+            .map_err(failed(|| format!("read the flags of inode {inode}")))
     }
 
     fn set_flags(&mut self, inode: Identity, flags: InodeFlags) -> Step<()> {
