@@ -57,8 +57,8 @@ impl Built {
 /// If the host lacks something or a compiler fails.
 pub fn build(profile: Profile) -> Result<Built> {
     setup::ensure(Purpose::Build)?;
-    let object = ebpf()?;
-    userspace(profile, &object)
+    ebpf()?;
+    userspace(profile)
 }
 
 /// Compiles the eBPF programs into one object.
@@ -111,19 +111,26 @@ pub fn ebpf() -> Result<PathBuf> {
     Ok(object)
 }
 
-fn userspace(profile: Profile, object: &Path) -> Result<Built> {
+/// Cargo for this host, in the workspace; user space embeds what [`ebpf`] leaves.
+#[must_use]
+pub fn cargo_command() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .current_dir(paths::root())
-        .env("TWINWRITE_EBPF_OBJECT", object)
-        .args([
-            "build",
-            "--package",
-            "twinwrite",
-            "--package",
-            "twinwrite-tests",
-            "--bins",
-        ]);
+        .env("TWINWRITE_EBPF_OBJECT", paths::ebpf_object());
+    command
+}
+
+fn userspace(profile: Profile) -> Result<Built> {
+    let mut command = cargo_command();
+    command.args([
+        "build",
+        "--package",
+        "twinwrite",
+        "--package",
+        "twinwrite-tests",
+        "--bins",
+    ]);
     if profile == Profile::Release {
         command.arg("--release");
     }
@@ -156,8 +163,7 @@ pub fn installed(profile: Profile) -> Result<Built> {
 
 /// Binaries of the `tests` package, as cargo sees them.
 fn workload_names() -> Result<Vec<String>> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(paths::root());
+    let mut command = cargo_command();
     command.args(["metadata", "--format-version=1", "--no-deps", "--offline"]);
     let metadata: serde_json::Value = serde_json::from_slice(&progress::output(&mut command)?)?;
     let packages = metadata["packages"]

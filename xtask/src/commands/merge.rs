@@ -1,10 +1,10 @@
 //! `cargo xtask merge`
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::paths;
+use crate::build;
 
 /// In the names of the tests that it runs.
 const RANDOM: &str = "random_histories";
@@ -31,10 +31,8 @@ pub struct Arguments {
 /// # Errors
 /// If there is a difference, or the tests cannot be built.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = build::cargo_command();
     command
-        .current_dir(paths::root())
-        .env("TWINWRITE_EBPF_OBJECT", paths::ebpf_object())
         .env("TWINWRITE_CASES", arguments.cases.to_string())
         .env("TWINWRITE_MOUNTED_CASES", arguments.mounted.to_string())
         .args(["test", "--quiet", "--package", "twinwrite", "--lib"])

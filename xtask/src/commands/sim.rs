@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::paths;
+use crate::{build, paths};
 
 /// The profile that the simulator is built with.
 const PROFILE: &str = "sim";
@@ -25,9 +25,7 @@ pub struct Arguments {
 /// # Errors
 /// If the build fails or the simulator cannot be started.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .current_dir(paths::root())
-        .env("TWINWRITE_EBPF_OBJECT", paths::ebpf_object())
+    let status = build::cargo_command()
         .args(["build", "--quiet", "--profile", PROFILE])
         .args(["--package", "twinwrite-simulator"])
         .status()

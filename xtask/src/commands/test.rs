@@ -1,12 +1,12 @@
 //! `cargo xtask test`
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::build::Profile;
 use crate::setup::{self, Purpose};
-use crate::{build, paths, progress, scenarios};
+use crate::{build, progress, scenarios};
 
 /// Its arguments.
 #[derive(clap::Args)]
@@ -101,9 +101,7 @@ fn deny() -> Result<()> {
 fn cargo(what: &str, arguments: &[&str]) -> Result<()> {
     progress::note(&format!("{what} ..."));
     let began = std::time::Instant::now();
-    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .current_dir(paths::root())
-        .env("TWINWRITE_EBPF_OBJECT", paths::ebpf_object())
+    let status = build::cargo_command()
         .args(arguments)
         .status()
         .context("cannot start cargo")?;
