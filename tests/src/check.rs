@@ -1,6 +1,6 @@
 //! The verdict on a survivor's volume: the settled part, the databases, the stream.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
@@ -12,6 +12,7 @@ use crate::escape::PathBytes;
 use crate::manifest::Manifest;
 use crate::stream::confirmed::{self, Confirmed};
 use crate::stream::judge::judge;
+use crate::stream::kinds::{self, Kind};
 use crate::stream::log::Log;
 use crate::stream::observe::observe;
 use crate::stream::operation::{Generator, Operation};
@@ -65,6 +66,8 @@ pub struct Report {
     pub stream_prefix: u64,
     /// Acknowledged operations after the prefix.
     pub tail_operations_lost: u64,
+    /// Acknowledged operations of each kind, and those of them that are not there.
+    pub stream_kinds: BTreeMap<String, Kind>,
     /// Operations after the prefix of which something is there.
     pub stream_seen_after_prefix: u64,
     /// Blocks or names of those that are there in part.
@@ -196,6 +199,7 @@ fn check_stream(root: &Path, log: &Log, confirmed: &[Confirmed], report: &mut Re
     report.stream_log_buffered_max = log.header.buffered_max;
     report.stream_prefix = verdict.prefix;
     report.tail_operations_lost = acknowledged.saturating_sub(verdict.prefix);
+    report.stream_kinds = kinds::count(&operations, acknowledged, &observed);
     report.stream_seen_after_prefix = verdict.seen_after_prefix;
     report.stream_torn_after_prefix = verdict.torn_after_prefix;
     report.stream_damage = verdict.damage;

@@ -39,6 +39,9 @@ pub(crate) const COMPARED_FLAGS: IFlags = IFlags::APPEND
     .union(IFlags::DIRSYNC)
     .union(IFlags::PROJECT_INHERIT);
 
+/// By these an NFS client shows the mode, as an attribute that is not on the file system.
+const NFS_ACL: &[u8] = b"system.nfs4_acl";
+
 /// Names with their inode, to find which are the same file.
 type Links = HashMap<(u64, u64), Vec<PathBytes>>;
 
@@ -170,7 +173,7 @@ fn xattrs(path: &Path) -> io::Result<BTreeMap<PathBytes, u32>> {
         .unwrap_or_default()
         .split(|byte| *byte == 0)
     {
-        if name.is_empty() {
+        if name.is_empty() || name == NFS_ACL {
             continue;
         }
         let length = lgetxattr(path, OsStr::from_bytes(name), &mut value)?;

@@ -28,18 +28,24 @@ pub struct Verdict {
     pub damage: Vec<String>,
 }
 
+/// The operations that changed each cell, and the values they gave it.
+pub(super) type Histories = BTreeMap<Cell, Vec<(u64, u64)>>;
+
+pub(super) fn histories(operations: &[Operation]) -> Histories {
+    let mut histories = Histories::new();
+    for operation in operations {
+        for (cell, value) in operation.effects() {
+            let history = histories.entry(cell).or_default();
+            history.push((operation.number, value));
+        }
+    }
+    histories
+}
+
 /// Judges what was observed against all operations that may have been carried out.
 #[must_use]
 pub fn judge(operations: &[Operation], observed: &Observed) -> Verdict {
-    let mut histories: BTreeMap<Cell, Vec<(u64, u64)>> = BTreeMap::new();
-    for operation in operations {
-        for (cell, value) in operation.effects() {
-            histories
-                .entry(cell)
-                .or_default()
-                .push((operation.number, value));
-        }
-    }
+    let histories = histories(operations);
     let mut verdict = Verdict {
         prefix: operations.len() as u64,
         damage: observed.damage.clone(),
@@ -84,7 +90,7 @@ pub fn judge(operations: &[Operation], observed: &Observed) -> Verdict {
 }
 
 /// What a cell shows; `None` if it cannot be looked at because its file has no name.
-fn seen<'a>(cell: &Cell, observed: &'a Observed) -> Option<&'a Seen> {
+pub(super) fn seen<'a>(cell: &Cell, observed: &'a Observed) -> Option<&'a Seen> {
     const ABSENT: &Seen = &Seen::Value(0);
     match (observed.cells.get(cell), cell) {
         (Some(seen), _) => Some(seen),
@@ -97,7 +103,7 @@ fn seen<'a>(cell: &Cell, observed: &'a Observed) -> Option<&'a Seen> {
 }
 
 /// How many of a history's operations are there, as far as this cell tells; `None` if it is torn.
-fn last_seen(history: &[(u64, u64)], seen: &Seen) -> Option<usize> {
+pub(super) fn last_seen(history: &[(u64, u64)], seen: &Seen) -> Option<usize> {
     let Seen::Value(seen) = seen else { return None };
     match history.iter().rposition(|(_, value)| value == seen) {
         Some(at) => Some(at + 1),

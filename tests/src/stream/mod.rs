@@ -4,7 +4,8 @@
 //! One system call is one record of twinwrite's log, so operations lost and records lost can be
 //! compared. [`operation`] computes the sequence from its seed, [`block`] is what a written block
 //! looks like, [`mod@write`] carries the operations out and logs each after it returned, [`observe`]
-//! looks at what is there after the crash, and [`judge`] says up to which operation all is there.
+//! looks at what is there after the crash, [`judge`] says up to which operation all is there, and [`kinds`]
+//! counts what is lost.
 //! Where it is asked to, the stream also asks for durability, and [`confirmed`] notes what it was told.
 //!
 //! The log lies outside the volume and never claims an operation that did not return.
@@ -12,6 +13,7 @@
 pub mod block;
 pub mod confirmed;
 pub mod judge;
+pub mod kinds;
 pub mod log;
 pub mod observe;
 pub mod operation;

@@ -107,6 +107,22 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// The word for its kind in reports.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::MakeDirectory { .. } => "mkdir",
+            Self::Create { .. } => "create",
+            Self::Append { .. } | Self::Overwrite { .. } => "write",
+            Self::Rename { .. } | Self::Replace { .. } => "rename",
+            Self::Link { .. } => "link",
+            Self::Unlink { .. } => "unlink",
+            Self::ChangeMode { .. } => "chmod",
+        }
+    }
+}
+
 /// A numbered [`Action`]; numbers are 1, 2, 3 ... without holes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 use super::PREFIX;
 use super::block::{BLOCK_BYTES, Block, Place, read};
 use super::judge::{Verdict, judge};
+use super::kinds;
 use super::log::Log;
 use super::observe::observe;
 use super::operation::{Action, CURRENT, Generator, Operation};
@@ -446,4 +447,42 @@ fn a_disk_that_is_ahead_does_not_lengthen_the_prefix() {
 fn a_volume_where_nothing_happened_shows_no_operation() {
     let root = tempfile::tempdir().expect("a root");
     assert_eq!(verdict(root.path(), 2_000), Verdict::default());
+}
+
+#[test]
+fn what_is_lost_is_counted_by_its_kind() {
+    let (root, _log) = written(600);
+    let all = operations(617);
+    let count = || kinds::count(&all, 600, &observe(root.path(), SEED, &all));
+    let whole = count();
+    assert_eq!(
+        whole.values().map(|kind| kind.acknowledged).sum::<u64>(),
+        600
+    );
+    assert!(whole.values().all(|kind| kind.lost == 0), "{whole:?}");
+
+    let write = last(600, |action| matches!(action, Action::Overwrite { .. }));
+    let Action::Overwrite { path, index, .. } = &write.action else {
+        unreachable!("it was chosen so");
+    };
+    let file = OpenOptions::new().write(true).open(at(&root, path));
+    let at = u64::from(*index) * BLOCK_BYTES as u64;
+    let zeros = [0; BLOCK_BYTES];
+    file.expect("it is there")
+        .write_all_at(&zeros, at)
+        .expect("zeroed");
+    let found = count();
+    assert!(found["write"].lost >= 1, "{found:?}");
+    assert!(
+        found
+            .iter()
+            .all(|(name, kind)| name == "write" || kind.lost == 0),
+        "{found:?}"
+    );
+
+    fs::remove_dir_all(root.path().join(PREFIX)).expect("all of it is removed");
+    let nothing = count();
+    for name in ["mkdir", "create", "write", "rename", "link", "chmod"] {
+        assert!(nothing[name].lost > 0, "{name}: {nothing:?}");
+    }
 }
