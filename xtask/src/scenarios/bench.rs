@@ -272,23 +272,8 @@ impl<'a> Stream<'a> {
             fs::copy(from.join("stream.log"), to.join("stream.log"))?;
         }
         let last = self.operations;
-        let command = format!(
-            "twinwrite-workload check --root {root} --stream /host/stream.log \
-             --expect-last-operation {last}"
-        );
-        let output = self.lab.exec(judge, &command, LIMIT)?;
-        ensure!(
-            output.status < 2,
-            "the oracle failed: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let report: Value = serde_json::from_slice(&output.stdout)?;
-        ensure!(
-            report["pass"] == (output.status == 0),
-            "the oracle's status {} contradicts {report}",
-            output.status
-        );
-        Ok(report)
+        let against = format!("--stream /host/stream.log --expect-last-operation {last}");
+        oracle(self.lab, judge, root, &against)
     }
 
     /// That all of it is on the served volume, down to the last operation.
@@ -318,6 +303,24 @@ impl<'a> Stream<'a> {
         );
         Ok(())
     }
+}
+
+/// What the oracle on `node` says of the tree at `root`, held against what these arguments name.
+pub(crate) fn oracle(lab: &Lab, node: NodeName, root: &str, against: &str) -> Result<Value> {
+    let command = format!("twinwrite-workload check --root {root} {against}");
+    let output = lab.exec(node, &command, LIMIT)?;
+    ensure!(
+        output.status < 2,
+        "the oracle failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(
+        report["pass"] == (output.status == 0),
+        "the oracle's status {} contradicts {report}",
+        output.status
+    );
+    Ok(report)
 }
 
 /// A copy of the shared disk as it was when its owner's power was cut.

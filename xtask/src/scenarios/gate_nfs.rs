@@ -13,6 +13,7 @@ use super::bench::{
     LIMIT, NO_CHECKPOINT, all_mirrored, await_takeover, metric, number, options, require_start,
     throughout, until, volume,
 };
+use super::nfs::{self, Replies, Version};
 use super::with_lab;
 use crate::lab::config::MOUNT_POINT;
 use crate::lab::{AgentAction, CrashKind, Filesystem, KernelRelease, Lab, NodeName, Options};
@@ -48,34 +49,15 @@ struct Nfs<'a> {
 }
 
 impl<'a> Nfs<'a> {
-    fn start(lab: &'a Lab, version: &'static str, kinds: &'static [&'static str]) -> Result<Self> {
+    fn start(lab: &'a Lab, version: Version, kinds: &'static [&'static str]) -> Result<Self> {
         for node in [A, B] {
             fs::write(
                 lab.share(node).join("gate_nfs.py"),
                 include_str!("gate_nfs.py"),
             )?;
         }
-        // Without a grace period: nobody has anything to claim. Without delegations: see the guarantees.
-        lab.run(
-            A,
-            &format!(
-                "echo 0 >/proc/sys/fs/leases-enable && modprobe nfsd && mount -t nfsd nfsd /proc/fs/nfsd && rpcbind -w && \
-                 exportfs -o rw,sync,no_root_squash,no_subtree_check,insecure,fsid=0 '*:{MOUNT_POINT}' && \
-                 rpc.mountd && rpc.nfsd --grace-time 10 --lease-time 10 4 && \
-                 {{ echo Y >/proc/fs/nfsd/v4_end_grace || true; }}"
-            ),
-        )
-        .context("starting the NFS server")?;
-        let path = if version == "3" { MOUNT_POINT } else { "/" };
-        let more = if version == "3" { ",nolock" } else { "" };
-        lab.run(
-            B,
-            &format!(
-                "mkdir -p {CLIENT} && mount -t nfs -o hard,proto=tcp,vers={version}{more} {}:{path} {CLIENT}",
-                A.address()
-            ),
-        )
-        .with_context(|| format!("mounting NFS {version}"))?;
+        nfs::export(lab, A, Replies::WhenDurable)?;
+        nfs::mount(lab, A, version, CLIENT, "")?;
         Ok(Self { lab, kinds })
     }
 
@@ -204,10 +186,9 @@ impl<'a> Nfs<'a> {
     fn crash(&self) -> Result<()> {
         self.lab.crash(A, CrashKind::Kill)?;
         // They wait for an answer, whatever kills them; what they ask for is given up.
-        self.lab.run(
-            B,
-            &format!("pkill -KILL --full gate_nfs[.]py; umount -i -f -l {CLIENT}"),
-        )?;
+        self.lab
+            .run(B, "pkill -KILL --full gate_nfs[.]py || true")?;
+        nfs::give_up(self.lab, B, CLIENT)?;
         await_takeover(self.lab, B).map(drop)
     }
 }
@@ -220,7 +201,7 @@ fn stop_agent(lab: &Lab) -> Result<()> {
 /// NFS 4.2 over ext4.
 pub(super) fn run() -> Result<()> {
     let options = options(&[DEAD_AFTER], &[NO_CHECKPOINT, LAG_LIMIT]);
-    with_lab("gate_nfs", options, |lab| holds(lab, "4.2", &KINDS))
+    with_lab("gate_nfs", options, |lab| holds(lab, Version::V4_2, &KINDS))
 }
 
 /// NFS 3 over XFS, on the older kernel.
@@ -230,10 +211,12 @@ pub(super) fn run_v3() -> Result<()> {
         kernel: KernelRelease::V6_1,
         ..options(&[DEAD_AFTER], &[NO_CHECKPOINT, LAG_LIMIT])
     };
-    with_lab("gate_nfs_v3", options, |lab| holds(lab, "3", &KINDS_OF_XFS))
+    with_lab("gate_nfs_v3", options, |lab| {
+        holds(lab, Version::V3, &KINDS_OF_XFS)
+    })
 }
 
-fn holds(lab: &Lab, version: &'static str, kinds: &'static [&'static str]) -> Result<()> {
+fn holds(lab: &Lab, version: Version, kinds: &'static [&'static str]) -> Result<()> {
     require_start(lab)?;
     let nfs = Nfs::start(lab, version, kinds)?;
     nfs.keep_on(1)?;
@@ -282,7 +265,7 @@ pub(super) fn off_reverts() -> Result<()> {
                 .as_str()
                 .is_some_and(|reason| reason.contains("the gate is switched off")))
         })?;
-        let nfs = Nfs::start(lab, "4.2", &KINDS_OF_XFS)?;
+        let nfs = Nfs::start(lab, Version::V4_2, &KINDS_OF_XFS)?;
         nfs.overwrite_without_agent()?;
         let confirmed = nfs.confirmed()?;
         ensure!(

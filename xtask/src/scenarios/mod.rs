@@ -18,6 +18,8 @@ mod gate_uring;
 mod interconnect_cut;
 mod killed_in_replay;
 mod lab_survives;
+mod nfs;
+mod nfs_async;
 mod paused_owner;
 mod preempt_full;
 mod returning_owner;
@@ -230,6 +232,13 @@ pub const ALL: &[Scenario] = &[
         110,
         Alone(gate_nfs::off_reverts),
         "without the gate the same crash reverts what an NFS server confirmed: the negative control",
+    ),
+    scenario(
+        "nfs_async",
+        120,
+        Alone(nfs_async::run),
+        "what the kernel's NFS server answered for an `async` export is there after a power cut, and is not \
+         without twinwrite",
     ),
     scenario(
         "agent_killed_on_owner",
