@@ -8,24 +8,10 @@ use crate::ids::Identity;
 /// `c` is durable before the log begins, the log makes `a`, and then this happens after the cut.
 fn with_what_came_later(later: &[Op]) -> (World<'static>, Identity, Identity) {
     let mut world = World::new(1, ROOT, None);
-    let create = |world: &mut World<'_>, name: &str| {
-        world.run(Op::Create {
-            directory: ROOT,
-            name: name.into(),
-            kind: NewKind::File,
-            mode: 0o644,
-        });
-        world.model.entries(ROOT)[name.as_bytes()]
-    };
-    let old = create(&mut world, "c");
+    let old = world.create(ROOT, "c", NewKind::File);
     world.run(Op::Checkpoint);
-    let new = create(&mut world, "a");
-    world.run(Op::Write {
-        file: new,
-        at: 0,
-        bytes: b"of the log".to_vec(),
-        bytes_in_ring: true,
-    });
+    let new = world.create(ROOT, "a", NewKind::File);
+    world.write(new, 0, b"of the log");
     for op in later {
         world.run(op.clone());
     }

@@ -14,36 +14,10 @@ const END: u64 = i64::MAX as u64;
 /// A world with one durable file of this many bytes.
 fn with_file(bytes: usize) -> (World<'static>, Identity) {
     let mut world = World::new(1, ROOT, None);
-    world.run(Op::Create {
-        directory: ROOT,
-        name: b"f".to_vec(),
-        kind: NewKind::File,
-        mode: 0o644,
-    });
-    let file = world.model.entries(ROOT)[b"f".as_slice()];
-    write(&mut world, file, 0, &vec![b'.'; bytes]);
+    let file = world.create(ROOT, "f", NewKind::File);
+    world.write(file, 0, &vec![b'.'; bytes]);
     world.run(Op::Checkpoint);
     (world, file)
-}
-
-fn write(world: &mut World<'_>, file: Identity, at: usize, bytes: &[u8]) {
-    world.run(Op::Write {
-        file,
-        at,
-        bytes: bytes.to_vec(),
-        bytes_in_ring: true,
-    });
-}
-
-fn fsync(world: &mut World<'_>, inode: Identity) {
-    let entered = world.events.len();
-    world.run(Op::Fsync {
-        inode,
-        start: 0,
-        last: END,
-        datasync: false,
-        entered,
-    });
 }
 
 fn set(world: &mut World<'_>, inode: Identity, name: &[u8], value: Option<Vec<u8>>) {
@@ -82,8 +56,8 @@ fn size_of(model: &Model, file: Identity) -> u64 {
 #[test]
 fn an_immutable_file_that_is_written_stays_immutable_wherever_the_run_ends() {
     let (mut world, file) = with_file(4);
-    write(&mut world, file, 1, b"new");
-    fsync(&mut world, ROOT);
+    world.write(file, 1, b"new");
+    world.fsync(ROOT, 0, END);
     let case = cut_here(world);
     // Made immutable before the log began, and so on the disk alone.
     let mut disk = case.state(3);
@@ -114,7 +88,7 @@ fn an_immutable_file_that_is_written_stays_immutable_wherever_the_run_ends() {
 #[test]
 fn a_note_of_an_epoch_that_was_never_merged_is_heeded() {
     let (mut world, file) = with_file(4);
-    write(&mut world, file, 1, b"new");
+    world.write(file, 1, b"new");
     let case = cut_here(world);
     let mut disk = case.state(3);
     disk.nodes.get_mut(&file).expect("it is there").flags.flags = IMMUTABLE;
@@ -136,18 +110,9 @@ fn a_note_of_an_epoch_that_was_never_merged_is_heeded() {
 #[test]
 fn names_in_an_immutable_directory_and_of_immutable_files_are_changed() {
     let (mut world, file) = with_file(4);
-    world.run(Op::Create {
-        directory: ROOT,
-        name: b"d".to_vec(),
-        kind: NewKind::Directory,
-        mode: 0o755,
-    });
-    let directory = world.model.entries(ROOT)[b"d".as_slice()];
+    let directory = world.create(ROOT, "d", NewKind::Directory);
     world.run(Op::Checkpoint);
-    world.run(Op::Rename {
-        from: (ROOT, b"f".to_vec()),
-        to: (directory, b"g".to_vec()),
-    });
+    world.rename((ROOT, "f"), (directory, "g"));
     set_flags(&mut world, file, IMMUTABLE);
     set_flags(&mut world, directory, IMMUTABLE);
     let model = merged(world, 5);
@@ -160,15 +125,7 @@ fn names_in_an_immutable_directory_and_of_immutable_files_are_changed() {
 #[test]
 fn an_immutable_file_that_replay_made_keeps_its_stamp() {
     let mut world = World::new(1, ROOT, None);
-    for name in [b"a", b"b"] {
-        world.run(Op::Create {
-            directory: ROOT,
-            name: name.to_vec(),
-            kind: NewKind::File,
-            mode: 0o644,
-        });
-    }
-    let file = world.model.entries(ROOT)[b"a".as_slice()];
+    let [file, _] = ["a", "b"].map(|name| world.create(ROOT, name, NewKind::File));
     set_flags(&mut world, file, IMMUTABLE);
     let case = cut_here(world);
     let mut model = case.state(0);
@@ -262,8 +219,8 @@ fn attributes_that_fit_only_without_the_old_ones_are_set() {
 fn confirmed_attributes_and_locks_are_left_alone() {
     let (mut world, file) = with_file(1);
     set(&mut world, file, b"user.a", Some(vec![1]));
-    fsync(&mut world, file);
-    write(&mut world, file, 0, b"w");
+    world.fsync(file, 0, END);
+    world.write(file, 0, b"w");
     let case = cut_here(world);
     let mut model = case.state(5);
     // Changed since, confirmed, and of records that no region holds.
@@ -304,7 +261,7 @@ fn a_new_owner_takes_neither_capability_nor_permissions_nor_the_acls_mask() {
 fn a_confirmed_capability_outlives_a_store_through_a_mapping() {
     let (mut world, file) = with_file(20);
     set(&mut world, file, CAPABILITY, Some(capability(3)));
-    fsync(&mut world, file);
+    world.fsync(file, 0, END);
     world.run(Op::Store {
         file,
         at: 0,

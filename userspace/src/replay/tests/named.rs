@@ -18,35 +18,8 @@ fn name(text: &str) -> Vec<u8> {
     text.as_bytes().to_vec()
 }
 
-fn at(text: &str) -> (Identity, Vec<u8>) {
-    (ROOT, name(text))
-}
-
 fn create(world: &mut World<'_>, text: &str) -> Identity {
-    let kind = NewKind::File;
-    world.run(Op::Create {
-        directory: ROOT,
-        name: name(text),
-        kind,
-        mode: 0o644,
-    });
-    world.model.entries(ROOT)[text.as_bytes()]
-}
-
-fn write(world: &mut World<'_>, file: Identity, at: usize, bytes: &[u8]) {
-    world.run(Op::Write {
-        file,
-        at,
-        bytes: bytes.to_vec(),
-        bytes_in_ring: true,
-    });
-}
-
-fn rename(world: &mut World<'_>, from: &str, to: &str) {
-    world.run(Op::Rename {
-        from: at(from),
-        to: at(to),
-    });
+    world.create(ROOT, text, NewKind::File)
 }
 
 fn link(world: &mut World<'_>, file: Identity, to: &str) {
@@ -61,17 +34,6 @@ fn unlink(world: &mut World<'_>, text: &str) {
     world.run(Op::Unlink {
         directory: ROOT,
         name: name(text),
-    });
-}
-
-fn fsync(world: &mut World<'_>, inode: Identity, start: u64, last: u64) {
-    let entered = world.events.len();
-    world.run(Op::Fsync {
-        inode,
-        start,
-        last,
-        datasync: false,
-        entered,
     });
 }
 
@@ -102,11 +64,11 @@ fn a_name_that_comes_back_keeps_the_confirmed_file_behind_it() {
     for disk in 1..=6 {
         let mut world = world();
         create(&mut world, "a");
-        rename(&mut world, "a", "b");
-        rename(&mut world, "b", "a");
+        world.rename((ROOT, "a"), (ROOT, "b"));
+        world.rename((ROOT, "b"), (ROOT, "a"));
         let fresh = create(&mut world, "b");
-        write(&mut world, fresh, 0, b"confirmed");
-        fsync(&mut world, fresh, 0, END);
+        world.write(fresh, 0, b"confirmed");
+        world.fsync(fresh, 0, END);
         // An fsync puts all of it on the disk; without it the file is made from the log.
         let disk = if disk == 5 { 6 } else { disk };
         let cut = if disk == 6 { 6 } else { 5 };
@@ -121,7 +83,7 @@ fn links_that_change_places_keep_the_file_alive() {
     for disk in 1..=6 {
         let mut world = world();
         let file = create(&mut world, "p");
-        write(&mut world, file, 0, b"bytes");
+        world.write(file, 0, b"bytes");
         link(&mut world, file, "q");
         unlink(&mut world, "p");
         link(&mut world, file, "p");
@@ -137,11 +99,11 @@ fn a_gone_identity_is_not_taken_for_the_file_at_its_path() {
     let mut world = world();
     let old = create(&mut world, "f");
     world.run(Op::Checkpoint);
-    write(&mut world, old, 0, b"of the old file");
+    world.write(old, 0, b"of the old file");
     // After the cut: the old one goes, another takes its path (and its inode number).
     unlink(&mut world, "f");
     let new = create(&mut world, "f");
-    write(&mut world, new, 0, b"new");
+    world.write(new, 0, b"new");
     assert_eq!(old.ino, new.ino);
     let (case, model) = merged(world, 6, 3);
     assert_eq!(bytes_of(&model, "f"), b"new");
@@ -154,9 +116,9 @@ fn a_range_mark_clips_its_range_of_what_was_before_it_only() {
     let mut world = world();
     let file = create(&mut world, "f");
     world.run(Op::Checkpoint);
-    write(&mut world, file, 0, b"aaaaaaaaaa");
-    fsync(&mut world, file, 2, 3);
-    write(&mut world, file, 3, b"bb");
+    world.write(file, 0, b"aaaaaaaaaa");
+    world.fsync(file, 2, 3);
+    world.write(file, 3, b"bb");
     let case = Case::with_cut(world, 5);
     let mut model = case.state(2);
     // On the disk the confirmed bytes have since been changed by something no record tells.
@@ -169,11 +131,11 @@ fn a_range_mark_clips_its_range_of_what_was_before_it_only() {
 fn a_truncation_leaves_bytes_alone_that_were_confirmed_after_it() {
     let mut world = world();
     let file = create(&mut world, "f");
-    write(&mut world, file, 0, b"0123456789");
+    world.write(file, 0, b"0123456789");
     world.run(Op::Checkpoint);
     world.run(Op::Truncate { file, size: 2 });
-    write(&mut world, file, 6, b"cc");
-    fsync(&mut world, file, 6, 7);
+    world.write(file, 6, b"cc");
+    world.fsync(file, 6, 7);
     let case = Case::with_cut(world, 6);
     let mut model = case.state(3);
     model.write_bytes(file, 6, b"XX");
@@ -186,9 +148,9 @@ fn a_mark_does_not_cover_what_came_while_its_call_ran() {
     let mut world = world();
     let file = create(&mut world, "f");
     world.run(Op::Checkpoint);
-    write(&mut world, file, 0, b"before");
+    world.write(file, 0, b"before");
     let entered = world.events.len();
-    write(&mut world, file, 0, b"during");
+    world.write(file, 0, b"during");
     let (start, last) = (0, u64::MAX);
     world.run(Op::Fsync {
         inode: file,
@@ -208,8 +170,8 @@ fn a_file_made_nameless_fsynced_and_linked_is_whole() {
     let mut world = world();
     world.run(Op::Tmpfile);
     let file = world.events[0].made.expect("made");
-    write(&mut world, file, 0, b"all of it");
-    fsync(&mut world, file, 0, END);
+    world.write(file, 0, b"all of it");
+    world.fsync(file, 0, END);
     world.run(Op::Checkpoint);
     link(&mut world, file, "f");
     // The journal never committed the link: recovery removed the inode and its bytes.
@@ -222,7 +184,7 @@ fn fdatasync_does_not_prove_a_name_that_came_later() {
     let mut world = world();
     world.run(Op::Tmpfile);
     let file = world.events[0].made.expect("made");
-    write(&mut world, file, 0, b"all of it");
+    world.write(file, 0, b"all of it");
     link(&mut world, file, "f");
     let entered = world.events.len();
     world.run(Op::Fsync {
@@ -262,8 +224,8 @@ fn what_was_deleted_ahead_stays_deleted() {
     let earlier = create(&mut world, "earlier");
     world.run(Op::Checkpoint);
     let proven = create(&mut world, "proven");
-    fsync(&mut world, proven, 0, END);
-    write(&mut world, earlier, 0, b"x");
+    world.fsync(proven, 0, END);
+    world.write(earlier, 0, b"x");
     let cut = world.events.len();
     unlink(&mut world, "earlier");
     unlink(&mut world, "proven");
@@ -277,7 +239,7 @@ fn what_was_deleted_ahead_stays_deleted() {
 fn what_the_sentinel_proved_and_was_deleted_ahead_stays_deleted() {
     let mut world = world();
     let file = create(&mut world, "f");
-    write(&mut world, file, 0, b"x");
+    world.write(file, 0, b"x");
     world.run(Op::Checkpoint);
     create(&mut world, "g");
     let cut = world.events.len();
@@ -298,7 +260,7 @@ fn what_the_sentinel_proved_and_was_deleted_ahead_stays_deleted() {
 fn what_took_the_name_of_something_deleted_ahead_is_left_there() {
     let mut world = world();
     let old = create(&mut world, "f");
-    fsync(&mut world, old, 0, END);
+    world.fsync(old, 0, END);
     let cut = world.events.len();
     unlink(&mut world, "f");
     let new = create(&mut world, "f");
@@ -310,13 +272,13 @@ fn what_took_the_name_of_something_deleted_ahead_is_left_there() {
 fn what_was_renamed_over_something_deleted_ahead_is_left_there() {
     let mut world = world();
     let old = create(&mut world, "f");
-    fsync(&mut world, old, 0, END);
+    world.fsync(old, 0, END);
     // The next version, whose name the log has and whose rename it has not.
     let new = create(&mut world, "new");
-    write(&mut world, new, 0, b"next");
-    fsync(&mut world, new, 0, END);
+    world.write(new, 0, b"next");
+    world.fsync(new, 0, END);
     let cut = world.events.len();
-    rename(&mut world, "new", "f");
+    world.rename((ROOT, "new"), (ROOT, "f"));
     let (_, model) = merged(world, cut + 1, cut);
     let names = model.entries(ROOT);
     assert_eq!(names.get(b"f".as_slice()), Some(&new));
@@ -328,8 +290,8 @@ fn what_was_renamed_over_something_deleted_ahead_is_left_there() {
 fn an_unproven_file_deleted_ahead_is_made_again() {
     let mut world = world();
     let file = create(&mut world, "f");
-    write(&mut world, file, 0, b"0123456789");
-    fsync(&mut world, file, 2, 5);
+    world.write(file, 0, b"0123456789");
+    world.fsync(file, 2, 5);
     unlink(&mut world, "f");
     let (_, model) = merged(world, 4, 3);
     // The bytes of the range mark too: the disk that confirmed them is not there any more.
@@ -341,9 +303,9 @@ fn an_old_file_replaced_after_the_cut_comes_back_and_the_new_one_is_kept() {
     let mut world = world();
     let old = create(&mut world, "f");
     world.run(Op::Checkpoint);
-    rename(&mut world, "f", "g");
+    world.rename((ROOT, "f"), (ROOT, "g"));
     let cut = world.events.len();
-    rename(&mut world, "g", "h");
+    world.rename((ROOT, "g"), (ROOT, "h"));
     create(&mut world, "g");
     let (_, model) = merged(world, 5, cut);
     assert_eq!(model.entries(ROOT)[b"g".as_slice()], old);
@@ -357,14 +319,7 @@ fn an_old_file_replaced_after_the_cut_comes_back_and_the_new_one_is_kept() {
 #[test]
 fn a_removed_directory_with_unknown_entries_is_kept_aside() {
     let mut world = world();
-    let kind = NewKind::Directory;
-    world.run(Op::Create {
-        directory: ROOT,
-        name: name("d"),
-        kind,
-        mode: 0o755,
-    });
-    let directory = world.model.entries(ROOT)[b"d".as_slice()];
+    let directory = world.create(ROOT, "d", NewKind::Directory);
     world.run(Op::Checkpoint);
     unlink(&mut world, "d");
     let case = Case::with_cut(world, 3);
@@ -386,32 +341,13 @@ fn a_removed_directory_with_unknown_entries_is_kept_aside() {
 #[test]
 fn directories_that_change_places_do_so_whatever_the_disk_shows() {
     let mut world = world();
-    for text in ["a", "b"] {
-        let kind = NewKind::Directory;
-        world.run(Op::Create {
-            directory: ROOT,
-            name: name(text),
-            kind,
-            mode: 0o755,
-        });
-    }
-    let entries = world.model.entries(ROOT);
-    let (a, b) = (entries[b"a".as_slice()], entries[b"b".as_slice()]);
+    let [a, b] = ["a", "b"].map(|name| world.create(ROOT, name, NewKind::Directory));
     world.run(Op::Checkpoint);
-    world.run(Op::Rename {
-        from: at("a"),
-        to: (b, name("a")),
-    });
+    world.rename((ROOT, "a"), (b, "a"));
     let cut = world.events.len();
     // After the cut the other way round: now b lies in a.
-    world.run(Op::Rename {
-        from: (b, name("a")),
-        to: at("a"),
-    });
-    world.run(Op::Rename {
-        from: at("b"),
-        to: (a, name("b")),
-    });
+    world.rename((b, "a"), (ROOT, "a"));
+    world.rename((ROOT, "b"), (a, "b"));
     let case = Case::with_cut(world, cut);
     let mut model = case.state(6);
     let before = model.clone();
@@ -430,7 +366,7 @@ fn a_full_volume_stops_with_a_remedy_and_goes_on_later() {
     let mut world = world();
     for text in ["a", "b", "c"] {
         let file = create(&mut world, text);
-        write(&mut world, file, 0, text.as_bytes());
+        world.write(file, 0, text.as_bytes());
     }
     let case = Case::with_cut(world, 6);
     let plan = case.plan();
@@ -465,30 +401,14 @@ fn a_log_with_a_hole_is_refused() {
 #[test]
 fn a_log_whose_directories_lie_in_each_other_is_refused() {
     let mut world = world();
-    for text in ["a", "b"] {
-        let kind = NewKind::Directory;
-        world.run(Op::Create {
-            directory: ROOT,
-            name: name(text),
-            kind,
-            mode: 0o755,
-        });
-    }
-    let entries = world.model.entries(ROOT);
-    let (a, b) = (entries[b"a".as_slice()], entries[b"b".as_slice()]);
-    world.run(Op::Rename {
-        from: at("a"),
-        to: (b, name("a")),
-    });
+    let [a, b] = ["a", "b"].map(|name| world.create(ROOT, name, NewKind::Directory));
+    world.rename((ROOT, "a"), (b, "a"));
     // No file system lets this happen; a hostile region may say so.
     let mut forged = World::new(1, ROOT, None);
     forged.model = world.model.clone();
     forged.log = world.log.clone();
     forged.model.entries_mut(ROOT).insert(name("b"), b);
-    forged.run(Op::Rename {
-        from: at("b"),
-        to: (a, name("b")),
-    });
+    forged.rename((ROOT, "b"), (a, "b"));
     let refused = crate::replay::plan(forged.log.input(0, 4, 0));
     assert!(
         matches!(refused, Err(ReplayError::Contradiction { .. })),
@@ -518,7 +438,7 @@ fn a_record_without_its_bytes_is_refused() {
 fn the_dry_run_names_every_action() {
     let mut world = world();
     let file = create(&mut world, "a");
-    write(&mut world, file, 5, b"abc");
+    world.write(file, 5, b"abc");
     world.run(Op::Truncate { file, size: 6 });
     unlink(&mut world, "a");
     create(&mut world, "b");

@@ -8,7 +8,6 @@ use super::loopfs::{Format, LiveDisk, left_out, read};
 use super::real::{protected, scratch};
 use super::world::{NewKind, Op, World};
 use crate::capture::handle::{Project, project_of, set_project};
-use crate::ids::Identity;
 use crate::replay::{apply, tidy};
 
 fn project(path: &Path) -> Project {
@@ -18,23 +17,6 @@ fn project(path: &Path) -> Project {
 fn give(path: &Path, number: u32, passed_on: bool) {
     let file = std::fs::File::open(path).expect("open");
     set_project(file, Project { number, passed_on }).expect("set the project");
-}
-
-fn create(world: &mut World<'_>, directory: Identity, name: &str, kind: NewKind) -> Identity {
-    world.run(Op::Create {
-        directory,
-        name: name.into(),
-        kind,
-        mode: 0o755,
-    });
-    world.model.entries(directory)[name.as_bytes()]
-}
-
-fn rename(world: &mut World<'_>, from: (Identity, &str), to: (Identity, &str)) {
-    world.run(Op::Rename {
-        from: (from.0, from.1.into()),
-        to: (to.0, to.1.into()),
-    });
 }
 
 /// Whether this kernel was built with the quotas without which it does not mount an ext4 with projects.
@@ -70,46 +52,31 @@ fn replayed_into_a_project(format: Format, root_project: u32) {
     let mut live = LiveDisk::new(mount);
     let root = live.root();
     let mut world = World::new(1, root, Some(&mut live));
-    let p = create(&mut world, root, "p", NewKind::Directory);
+    let p = world.create(root, "p", NewKind::Directory);
     give(&mount.join("p"), 5, true);
-    create(&mut world, p, "kept", NewKind::File);
+    world.create(p, "kept", NewKind::File);
     let to_target = || NewKind::Symlink(b"target".to_vec());
-    create(&mut world, p, "kept symlink", to_target());
-    create(&mut world, root, "file", NewKind::File);
-    create(&mut world, root, "directory", NewKind::Directory);
+    world.create(p, "kept symlink", to_target());
+    world.create(root, "file", NewKind::File);
+    world.create(root, "directory", NewKind::Directory);
     world.run(Op::Checkpoint);
     let crashed = mounted.crash(scratch.path(), "crashed", format);
 
-    let f = create(&mut world, p, "f", NewKind::File);
-    world.run(Op::Write {
-        file: f,
-        at: 0,
-        bytes: b"bytes".to_vec(),
-        bytes_in_ring: true,
-    });
-    create(
-        &mut world,
-        p,
-        "symlink",
-        NewKind::Symlink(b"target".to_vec()),
-    );
-    create(&mut world, p, "fifo", NewKind::Fifo);
-    let d = create(&mut world, p, "d", NewKind::Directory);
-    create(&mut world, d, "g", NewKind::File);
-    create(
-        &mut world,
-        d,
-        "symlink",
-        NewKind::Symlink(b"target".to_vec()),
-    );
-    create(&mut world, root, "top", NewKind::File);
+    let f = world.create(p, "f", NewKind::File);
+    world.write(f, 0, b"bytes");
+    world.create(p, "symlink", NewKind::Symlink(b"target".to_vec()));
+    world.create(p, "fifo", NewKind::Fifo);
+    let d = world.create(p, "d", NewKind::Directory);
+    world.create(d, "g", NewKind::File);
+    world.create(d, "symlink", NewKind::Symlink(b"target".to_vec()));
+    world.create(root, "top", NewKind::File);
     for name in ["kept", "kept symlink"] {
-        rename(&mut world, (p, name), (d, name));
+        world.rename((p, name), (d, name));
     }
     // What the log does not tell: these come into the project before they come into its directory.
     for (name, passed_on) in [("file", false), ("directory", true)] {
         give(&mount.join(name), 5, passed_on);
-        rename(&mut world, (root, name), (p, name));
+        world.rename((root, name), (p, name));
     }
 
     let count = world.events.len();

@@ -7,7 +7,7 @@ use super::cases::{Case, Ran, run_cases};
 use super::loopfs::{Format, LiveDisk, Mounted, left_out, read};
 use super::oracle::Touched;
 use super::stopping::Stopping;
-use super::world::{NewKind, Op, Random, World};
+use super::world::{NewKind, Random, World};
 use crate::capture::handle;
 use crate::ids::{Epoch, Seq};
 use crate::record::extended::InodeFlags;
@@ -176,21 +176,9 @@ fn random_histories_on_btrfs_end_as_they_were_at_the_cut() {
 
 /// A volume of 24 MiB, and a log that makes a file of 4 MiB on it.
 fn four_mebibytes(world: &mut World<'_>, root: crate::ids::Identity) {
-    world.run(Op::Create {
-        directory: root,
-        name: b"big".to_vec(),
-        kind: NewKind::File,
-        mode: 0o644,
-    });
-    let file = world.model.entries(root)[b"big".as_slice()];
+    let file = world.create(root, "big", NewKind::File);
     for index in 0..32 {
-        let bytes = vec![index as u8 + 1; 128 << 10];
-        world.run(Op::Write {
-            file,
-            at: index << 17,
-            bytes,
-            bytes_in_ring: true,
-        });
+        world.write(file, index << 17, &vec![index as u8 + 1; 128 << 10]);
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::cases::Case;
 use super::loopfs::{Format, LiveDisk, left_out};
 use super::real::{protected, scratch};
-use super::world::{NewKind, Op, World};
+use super::world::{NewKind, World};
 use crate::replay::{ReplayError, apply, finish, reserve, tidy, underway};
 
 const FILES: u8 = 20;
@@ -15,19 +15,9 @@ const FILE_BYTES: usize = 20_000;
 fn some_files(root: crate::ids::Identity) -> Case<'static> {
     let mut world = World::new(1, root, None);
     for number in 0..FILES {
-        let name = vec![b'a' + number];
-        world.run(Op::Create {
-            directory: root,
-            name: name.clone(),
-            kind: NewKind::File,
-            mode: 0o644,
-        });
-        world.run(Op::Write {
-            file: world.model.entries(root)[&name],
-            at: 0,
-            bytes: vec![number; FILE_BYTES],
-            bytes_in_ring: true,
-        });
+        let name = [b'a' + number];
+        let file = world.create(root, name, NewKind::File);
+        world.write(file, 0, &[number; FILE_BYTES]);
     }
     let count = world.events.len();
     Case::with_cut(world, count)

@@ -345,6 +345,57 @@ impl World<'_> {
     }
 }
 
+/// Operations as tests write them down.
+impl World<'_> {
+    /// Its identity.
+    pub(super) fn create(
+        &mut self,
+        directory: Identity,
+        name: impl AsRef<[u8]>,
+        kind: NewKind,
+    ) -> Identity {
+        let name = name.as_ref();
+        let mode = match kind {
+            NewKind::Directory => 0o755,
+            _ => 0o644,
+        };
+        self.run(Op::Create {
+            directory,
+            name: name.to_vec(),
+            kind,
+            mode,
+        });
+        self.model.entries(directory)[name]
+    }
+
+    pub(super) fn write(&mut self, file: Identity, at: usize, bytes: &[u8]) {
+        self.run(Op::Write {
+            file,
+            at,
+            bytes: bytes.to_vec(),
+            bytes_in_ring: true,
+        });
+    }
+
+    pub(super) fn rename(&mut self, from: (Identity, &str), to: (Identity, &str)) {
+        self.run(Op::Rename {
+            from: (from.0, from.1.into()),
+            to: (to.0, to.1.into()),
+        });
+    }
+
+    pub(super) fn fsync(&mut self, inode: Identity, start: u64, last: u64) {
+        let entered = self.events.len();
+        self.run(Op::Fsync {
+            inode,
+            start,
+            last,
+            datasync: false,
+            entered,
+        });
+    }
+}
+
 impl<'l> World<'l> {
     pub(super) fn new(seed: u64, root: Identity, live: Option<&'l mut dyn Live>) -> Self {
         Self {
