@@ -101,6 +101,7 @@ impl Ledger {
                 time_ns: 0,
                 state: AgentState::Starting,
                 volumes: BTreeMap::new(),
+                exposed: std::collections::BTreeSet::new(),
                 told: Told::default(),
             },
             table: None,

@@ -256,6 +256,7 @@ impl Keeper {
     fn show_as_mirror(&self, theirs: Option<&VolumeClaim>, slot: Option<&NodeReport>) {
         let peer = &self.node.peer;
         let stopped = slot.is_some_and(|report| report.state == AgentState::Stopped);
+        let is_exposed = slot.is_some_and(|report| report.exposed.contains(&self.volume.name));
         let restarts = slot.is_some_and(|report| !report.told.restart_within.is_zero());
         if stopped {
             let reason = format!(
@@ -267,6 +268,11 @@ impl Keeper {
             let reason = format!(
                 "the agent on {peer} restarts: what is written there meanwhile is captured, and mirrored \
                  once it is back"
+            );
+            self.say(Role::Mirror, Protection::Exposed, &reason);
+        } else if is_exposed && theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open) {
+            let reason = format!(
+                "{peer} mirrors and shows the volume as exposed: see `twinwrite status` there"
             );
             self.say(Role::Mirror, Protection::Exposed, &reason);
         } else if theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open) {

@@ -5,6 +5,7 @@
 //! slot, so a node whose word can be read is a node whose disk path works. Before the first write
 //! the decision of `cluster::ownership` must have been made from what was read at the start.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -96,6 +97,7 @@ impl Ledger {
             time_ns: wall_ns(),
             state: AgentState::Starting,
             volumes: std::collections::BTreeMap::new(),
+            exposed: BTreeSet::new(),
             told: Told::default(),
         };
         let table = Table::new(cluster, boot_id);
@@ -311,6 +313,11 @@ impl Ledger {
     /// Notes how long ago the volumes that are served here last answered; it goes out with the next beat.
     pub fn note_volume_io(&self, age: Option<Duration>) {
         lock(&self.inner).report.told.volume_io_age = age;
+    }
+
+    /// Notes which volumes this node owns and does not protect; it goes out with the next beat.
+    pub fn note_exposed(&self, exposed: BTreeSet<String>) {
+        lock(&self.inner).report.exposed = exposed;
     }
 
     /// One heartbeat: writes this node's slot and looks at the peer's.

@@ -4,6 +4,7 @@
 //! judges the peer, the other writes heartbeats into the peer's memory. Neither ever waits for a
 //! volume.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use crate::cluster::mailbox::{told_of, words_of};
 use crate::events::Event;
 use crate::link::{Body, Link, LinkError, Post, PostId};
 use crate::region::layout::{HEARTBEAT_MAGIC, Heartbeat, Sealed};
+use crate::status::{Protection, Role};
 use zerocopy::IntoBytes;
 
 /// A link that cannot be made is tried again after this long, growing to the longest: well below the
@@ -60,6 +62,7 @@ fn mailbox_pulse(node: &Node) {
         let served = all.clone().filter(|name| node.is_serving(name));
         node.ledger.note_volume_io(node.volume_io.age(served));
         node.tell_hanging_volumes(limits.dead_after);
+        node.ledger.note_exposed(exposed(node));
         let own_volume_io = node.volume_io.age(all) < Some(limits.dead_after);
         let (written, look) = node.ledger.beat();
         let works = written.is_ok();
@@ -107,6 +110,16 @@ fn mailbox_pulse(node: &Node) {
         }
         node.ended.wait(interval);
     }
+}
+
+/// The volumes that this node owns and does not protect, whatever their epochs are.
+fn exposed(node: &Node) -> BTreeSet<String> {
+    let volumes = node.board.volumes();
+    let exposed = volumes.filter(|volume| {
+        let words = volume.words();
+        words.role == Role::Owner && words.protection != Protection::Protected
+    });
+    exposed.map(|volume| volume.name.clone()).collect()
 }
 
 fn read_heartbeat(node: &Node) -> Option<(Beat, Told)> {

@@ -164,6 +164,7 @@ mod tests {
                 .map(|claim| ("v".to_owned(), claim))
                 .into_iter()
                 .collect(),
+            exposed: std::collections::BTreeSet::new(),
             told: Told::default(),
         })
     }

@@ -5,7 +5,7 @@
 //! 144 boot_id [16] | 160 counter u64 | 168 time_ns i64 | 176 volume_count u32 | 180 restart_ms u32
 //! 184 volume [8] of 96 bytes: name [32] | table_version u64 | owner [32] | epoch u64
 //!                             | last_mirrored u64 | epoch_state u32 | flags u32
-//! 952 volume_io_ms u32 | 956 zero [64] | 1020 crc32c u32    the rest of the 4096 bytes is zero
+//! 952 volume_io_ms u32 | 956 exposed u32 | 960 zero [60] | 1020 crc32c u32    the rest of the 4096 bytes is zero
 //! ```
 //!
 //! Zero in `restart_ms` or `volume_io_ms` means "nothing told". Version 1 had one copy of each slot.
@@ -13,7 +13,7 @@
 //! All integers are little-endian. The checksum is over everything before it, so that a write torn
 //! between two sectors of the device is told from a slot. Nothing here may trust a byte before it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -59,8 +59,11 @@ pub struct MailboxSlot {
     pub volumes: [VolumeEntry; VOLUMES_MAX],
     /// 1 + how long ago the volumes that the writer serves last answered; 0: it does not tell.
     pub volume_io_ms: u32,
+    /// Bit by bit, in the order of `volumes`: its writer owns that volume and does not protect it now. An older
+    /// agent neither says nor reads it.
+    pub exposed: u32,
     /// Zero.
-    pub reserved2: [u32; 16],
+    pub reserved2: [u32; 15],
     /// CRC-32C of everything before this field.
     pub crc32c: u32,
 }
@@ -195,6 +198,8 @@ pub struct NodeReport {
     pub state: AgentState,
     /// What it says of each volume, by name.
     pub volumes: BTreeMap<String, VolumeClaim>,
+    /// Which of them it owns and shows as not protected, although their epochs may be open.
+    pub exposed: BTreeSet<String>,
     /// What it tells beside its sign of life.
     pub told: Told,
 }
@@ -243,16 +248,21 @@ impl NodeReport {
             3 => AgentState::Stopped,
             other => return Err(SlotError::Malformed(format!("agent state {other}"))),
         };
+        let volumes: Vec<(String, VolumeClaim)> = entries
+            .iter()
+            .map(VolumeEntry::open)
+            .collect::<Result<_, _>>()?;
+        let is_exposed = |index: usize| slot.exposed >> index & 1 != 0;
+        let exposed = volumes.iter().enumerate();
+        let exposed = exposed.filter(|(index, _)| is_exposed(*index));
         Ok(Self {
             node: NodeId(text(&slot.node)?),
             boot_id: BootId(slot.boot_id),
             counter: slot.counter,
             time_ns: slot.time_ns,
             state,
-            volumes: entries
-                .iter()
-                .map(VolumeEntry::open)
-                .collect::<Result<_, _>>()?,
+            exposed: exposed.map(|(_, (name, _))| name.clone()).collect(),
+            volumes: volumes.into_iter().collect(),
             told: told_of(slot.restart_ms, slot.volume_io_ms),
         })
     }
@@ -280,6 +290,7 @@ impl NodeReport {
         }
         for (entry, (name, claim)) in slot.volumes.iter_mut().zip(&self.volumes) {
             *entry = VolumeEntry::of(name, claim)?;
+            slot.exposed |= u32::from(self.exposed.contains(name)) << slot.volume_count;
             slot.volume_count += 1;
         }
         Ok(Sealed::seal(slot))

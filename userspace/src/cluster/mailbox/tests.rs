@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -29,6 +29,7 @@ fn report(node: &str, counter: u64) -> NodeReport {
         time_ns: 1_700_000_000_000_000_000,
         state: AgentState::Running,
         volumes: BTreeMap::from([("data".to_owned(), claim)]),
+        exposed: BTreeSet::new(),
         told: Told::default(),
     }
 }
@@ -122,7 +123,15 @@ fn what_a_slot_tells_beside_life_has_these_bytes_and_zeros_tell_nothing() {
     assert_eq!(&bytes[180..184], &30_000u32.to_le_bytes());
     assert_eq!(&bytes[952..956], &1_501u32.to_le_bytes());
     assert_eq!(&bytes[956..1020], &[0; 64]);
+    let exposed = NodeReport {
+        exposed: BTreeSet::from(["data".to_owned()]),
+        ..report.clone()
+    };
+    let sealed = exposed.seal("office").unwrap();
+    assert_eq!(&sealed.as_bytes()[956..960], &1u32.to_le_bytes());
     let node = NodeId("a".into());
+    let read = NodeReport::open(sealed.as_bytes(), "office", &node).unwrap();
+    assert_eq!(read, exposed);
     assert_eq!(NodeReport::open(bytes, "office", &node).unwrap(), report);
     // A slot of the first form, as it lies on devices.
     let mut first = super::tests::report("a", 1).seal("office").unwrap();
