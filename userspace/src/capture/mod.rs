@@ -102,21 +102,28 @@ pub fn kernel_device(mount_point: &Path) -> Result<u32, CaptureError> {
     };
     let found = statx(CWD, mount_point, AtFlags::empty(), StatxFlags::MNT_ID)
         .map_err(|error| failed(error.into()))?;
-    let mounts = procfs::process::Process::myself()
-        .and_then(|process| process.mountinfo())
-        .map_err(|error| failed(std::io::Error::other(error)))?;
-    mounts
-        .0
-        .iter()
-        .find(|mount| u64::try_from(mount.mnt_id) == Ok(found.stx_mnt_id))
-        .and_then(|mount| mount.majmin.split_once(':'))
-        .and_then(|(major, minor)| Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?)))
-        .map(|(major, minor)| major << 20 | minor)
-        .ok_or_else(|| {
-            failed(std::io::Error::other(
-                "its mount is not in /proc/self/mountinfo",
-            ))
-        })
+    let mounts = std::fs::read("/proc/self/mountinfo").map_err(failed)?;
+    device_of_mount(&mounts, found.stx_mnt_id).ok_or_else(|| {
+        failed(std::io::Error::other(
+            "its mount is not in /proc/self/mountinfo",
+        ))
+    })
+}
+
+/// The device of the mount with this number, in the kernel's form. Anybody may mount something whose name is no
+/// text, so that only the first words of a line are taken for some (proc_pid_mountinfo(5)).
+fn device_of_mount(mounts: &[u8], number: u64) -> Option<u32> {
+    let of_line = |line: &[u8]| {
+        let mut words = line.split(|byte| *byte == b' ');
+        let mut word = || std::str::from_utf8(words.next()?).ok();
+        let (id, _parent, device) = (word()?, word()?, word()?);
+        let (major, minor) = device.split_once(':')?;
+        let device = major.parse::<u32>().ok()? << 20 | minor.parse::<u32>().ok()?;
+        Some((id.parse::<u64>().ok()?, device))
+    };
+    let mut lines = mounts.split(|byte| *byte == b'\n').filter_map(of_line);
+    let (_, device) = lines.find(|(id, _)| *id == number)?;
+    Some(device)
 }
 
 /// A device number as user space has it, in the kernel's form (`major << 20 | minor`).

@@ -114,3 +114,14 @@ fn every_missing_feature_comes_with_a_remedy() {
         assert!(feature.ok || !feature.remedy.is_empty(), "{feature:?}");
     }
 }
+
+#[test]
+fn a_mount_is_found_among_such_whose_names_are_no_text() {
+    let mounts = b"22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n\
+        23 22 0:44 / /tmp/\xff rw - fuse.x x rw\n\
+        a line of another kind\n\
+        24 22 0:45 / /srv/vol0 rw - btrfs /dev/vdb rw\n";
+    assert_eq!(super::device_of_mount(mounts, 24), Some(45));
+    assert_eq!(super::device_of_mount(mounts, 22), Some(8 << 20 | 1));
+    assert_eq!(super::device_of_mount(mounts, 2), None);
+}
