@@ -47,6 +47,9 @@ impl InodeFlags {
     /// `FS_XFLAG_IMMUTABLE` and `FS_XFLAG_APPEND`.
     pub const EXTENDED_LOCKS: u32 = 0x08 | 0x10;
 
+    /// `FS_NOCOW_FL`: what is written lies where it lay, and has no checksum. Of btrfs.
+    pub const IN_PLACE: u32 = 0x80_0000;
+
     /// Which of [`Self::LOCKS`] it has.
     #[must_use]
     pub fn locks(&self) -> u32 {

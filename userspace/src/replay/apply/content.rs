@@ -32,6 +32,9 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 ));
                 continue;
             }
+            if made && stat.size == 0 {
+                self.set_in_place(disk, inode)?;
+            }
             self.fill(disk, inode, &stat, made, total)?;
         }
         self.tell(Stage::Content, self.outcome.bytes_written, total);

@@ -209,12 +209,39 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             }
             return Ok(());
         };
-        self.extended_attributes(disk, &state)?;
+        // A btrfs makes an attribute of the flag that says "compressed": how is in the attributes.
         if let Some(wanted) = state.flags {
             self.flags_but_locks(disk, wanted.unlocked())?;
             self.locks.insert(disk, wanted.locks());
         }
-        Ok(())
+        self.extended_attributes(disk, &state)
+    }
+
+    /// Whether it is written over in place, of a file that was made and has no bytes yet: a btrfs changes that of
+    /// no other, and says nothing (`btrfs_fileattr_set`).
+    pub(super) fn set_in_place(&mut self, disk: Identity, inode: &Inode<'a>) -> Step<()> {
+        let told = inode
+            .extended
+            .and_then(|told| Extended::decode(told.value).ok());
+        let Some(wanted) = told.and_then(|state| state.flags) else {
+            return Ok(());
+        };
+        let Some(now) = self.volume.flags(disk)? else {
+            return Ok(());
+        };
+        let differs = (now.flags ^ wanted.flags) & InodeFlags::IN_PLACE;
+        if differs == 0 {
+            return Ok(());
+        }
+        let next = InodeFlags {
+            flags: now.flags ^ differs,
+            ..now
+        };
+        match self.volume.set_flags(disk, next) {
+            // It is tried again, and told, when all flags are set.
+            Err(error) if self.is_refused(disk, &error)? => Ok(()),
+            other => other,
+        }
     }
 
     /// What is not to stay goes first: all of an inode's attributes share a place of limited size, so what
@@ -262,6 +289,16 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         }
         match self.volume.set_flags(disk, wanted) {
             Err(error) if self.is_refused(disk, &error)? => {}
+            Ok(()) => {
+                let now = self.volume.flags(disk)?.unwrap_or(wanted);
+                if (now.flags ^ wanted.flags) & InodeFlags::IN_PLACE != 0 {
+                    self.outcome.warnings.push(format!(
+                        "WARNING: whether inode {disk} is written over in place (chattr +C) cannot be set here as \
+                         the log tells it: copy it by hand"
+                    ));
+                }
+                return Ok(());
+            }
             other => return other,
         }
         // One by one, so that what is refused takes nothing else with it.

@@ -7,7 +7,7 @@ use super::cases::{Case, Ran, run_cases};
 use super::loopfs::{Format, LiveDisk, Mounted, left_out, read};
 use super::oracle::Touched;
 use super::stopping::Stopping;
-use super::world::{NewKind, Random, World};
+use super::world::{NewKind, Op, Random, World};
 use crate::capture::handle;
 use crate::ids::{Epoch, Seq};
 use crate::record::extended::InodeFlags;
@@ -243,6 +243,35 @@ fn an_immutable_file_is_written_and_immutable_again() {
     let bytes = std::fs::read(&path).expect("read");
     assert_eq!(bytes.len(), 4 << 20);
     handle::set_flags(std::fs::File::open(&path).expect("open"), unlocked).expect("chattr -i");
+}
+
+/// A btrfs changes that flag of no file that has bytes, and says nothing.
+#[test]
+fn a_file_that_is_written_in_place_is_made_so() {
+    if left_out("a_file_that_is_written_in_place_is_made_so") {
+        return;
+    }
+    let scratch = scratch();
+    let mounted = protected(scratch.path(), "live", Format::Btrfs);
+    let root = LiveDisk::new(&mounted.mount).root();
+    let mut world = World::new(1, root, None);
+    let file = world.create(root, "image", NewKind::File);
+    world.run(Op::SetFlags {
+        inode: file,
+        flags: InodeFlags::IN_PLACE,
+        project: 0,
+    });
+    world.write(file, 0, b"some bytes");
+    let count = world.events.len();
+    let case = Case::with_cut(world, count);
+    let outcome = apply(&case.plan(), &mounted.mount, &mut |_| {}).expect("replay");
+    let path = mounted.mount.join("image");
+    assert_eq!(std::fs::read(&path).expect("read"), b"some bytes");
+    let image = std::fs::File::open(&path).expect("open");
+    let flags = handle::flags_of(image)
+        .expect("flags")
+        .expect("it has some");
+    assert_ne!(flags.flags & InodeFlags::IN_PLACE, 0, "{outcome}");
 }
 
 #[test]
