@@ -2,10 +2,11 @@
 
 use aya_ebpf::macros::fexit;
 use aya_ebpf::programs::FExitContext;
-use twinwrite_abi::{AttrBody, op};
+use twinwrite_abi::{AttrBody, gap, op};
 
 use crate::config::*;
 use crate::emit::*;
+use crate::space::is_refusal;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -47,6 +48,11 @@ fn changed(ctx: &FExitContext) -> Option<()> {
         let control = wanted(inode)?;
         let result: i32 = ctx.ret().ok()?;
         if result != 0 {
+            // It was asked for again later: somebody is to give a delegation back first.
+            const EAGAIN: i32 = 11;
+            if !is_refusal(result) && result != -EAGAIN {
+                note_gap(control, gap::ATTRIBUTES, inode);
+            }
             return None;
         }
         emit_attributes(control, inode, member(wish, &IATTR_VALID));

@@ -31,6 +31,9 @@ globals! {
     STATE_OF_NEW,
     /// Where a directory has the flags that it hands on, counted from its VFS inode (wrapping), and which are.
     FLAGS_FROM_INODE, FLAGS_HANDED_ON,
+    /// On a btrfs, where an inode has the address of its tree's root, counted from its VFS inode (wrapping), and
+    /// where that has the tree's number.
+    ROOT_FROM_INODE, ROOT_NUMBER,
     INODE_MTIME_SEC, INODE_MTIME_NSEC, INODE_ATIME_SEC, INODE_ATIME_NSEC,
     /// Value of `I_LINKABLE` in `i_state`.
     I_LINKABLE,

@@ -14,6 +14,7 @@ use twinwrite_abi::{
 };
 
 use crate::config::*;
+use crate::gate;
 
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 const BPF_RB_NO_WAKEUP: u64 = 1;
@@ -154,7 +155,22 @@ pub fn is_on_volume(inode: *const u8) -> bool {
     u64::from(device) == TARGET_DEV.load()
 }
 
-/// Whether this inode is the volume's and the change is not the agent's own; the control words.
+/// Whether the inode is a file of a subvolume: one made before the programs were there to refuse it, or deleted
+/// while somebody had a file of it open. A snapshot's files have the identities of those that it was made of.
+#[inline(always)]
+fn is_in_other_tree(inode: *const u8) -> bool {
+    /// `BTRFS_FS_TREE_OBJECTID` (include/uapi/linux/btrfs_tree.h).
+    const TOP: u64 = 5;
+    if ROOT_FROM_INODE.load() == ABSENT {
+        return false;
+    }
+    let root = gate::read_raw::<u64>((inode as u64).wrapping_add(ROOT_FROM_INODE.load()));
+    let number = root.and_then(|root| gate::read_raw(root.wrapping_add(ROOT_NUMBER.load())));
+    number != Some(TOP)
+}
+
+/// Whether this inode is the volume's and the change is not the agent's own; the control words. A change of
+/// another tree of the volume is a gap.
 #[inline(always)]
 pub fn wanted(inode: *const u8) -> Option<Control> {
     if !is_on_volume(inode) {
@@ -162,6 +178,10 @@ pub fn wanted(inode: *const u8) -> Option<Control> {
     }
     let control = Control::get()?;
     if is_agent(control) && control.read(control::CALIBRATING) == 0 {
+        return None;
+    }
+    if is_in_other_tree(inode) {
+        gate::note(control, gap::OTHER_TREE);
         return None;
     }
     Some(control)

@@ -88,7 +88,7 @@ pub fn emit_range(control: Control, inode: *const u8, range: Range) {
 
 /// Whether a call with this result has only looked whether it can do what it was asked for.
 #[inline(always)]
-fn is_refusal(result: i32) -> bool {
+pub fn is_refusal(result: i32) -> bool {
     const EPERM: i32 = 1;
     const EBADF: i32 = 9;
     const EACCES: i32 = 13;

@@ -124,10 +124,14 @@ pub mod gap {
     /// A write-back failed: nothing is missing in the log, but what it tells may be on no disk. Not in
     /// the gap counters: see [`super::control::WRITEBACK_ERRORS`].
     pub const WRITEBACK: usize = 10;
+    /// A file of another subvolume changed, in which the identities of the volume's files mean others.
+    pub const OTHER_TREE: usize = 11;
+    /// A change of attributes or of the size failed, and may have done a part.
+    pub const ATTRIBUTES: usize = 12;
     /// How many reasons there are room for.
     pub const COUNT: usize = 16;
     /// The words for each reason, for logs and metrics.
-    pub const NAMES: [&str; 11] = [
+    pub const NAMES: [&str; 13] = [
         "fallocate",
         "remap",
         "mapping",
@@ -139,6 +143,8 @@ pub mod gap {
         "unreadable",
         "ungated",
         "write-back",
+        "other-subvolume",
+        "attributes",
     ];
 }
 

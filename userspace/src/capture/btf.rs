@@ -194,26 +194,27 @@ pub(super) fn running_globals() -> Result<&'static [Setting], CaptureError> {
     Ok(RUNNING.get_or_init(|| globals))
 }
 
-/// Where a directory has the flags that it hands on, and which these are.
-type HandedOnGlobals = [Setting; 2];
+/// Where a directory has the flags that it hands on, and which these are; on a btrfs also where an inode has its
+/// tree.
+type InodeGlobals = Vec<Setting>;
 
 /// Found once for each file system, as [`RUNNING`] is. What is not found is looked for again: a module may be
 /// loaded later.
-static HANDED_ON: Mutex<Vec<(Filesystem, HandedOnGlobals)>> = Mutex::new(Vec::new());
+static IN_INODE: Mutex<Vec<(Filesystem, InodeGlobals)>> = Mutex::new(Vec::new());
 
 /// The globals that tell where a directory has the flags that it hands on, from the types of the file system's
 /// module; `None` if the kernel does not show them.
-pub(super) fn handed_on_globals(filesystem: Filesystem) -> Option<HandedOnGlobals> {
-    let mut found = HANDED_ON.lock().unwrap_or_else(PoisonError::into_inner);
+pub(super) fn inode_globals(filesystem: Filesystem) -> Option<InodeGlobals> {
+    let mut found = IN_INODE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, globals)) = found.iter().find(|(of, _)| *of == filesystem) {
-        return Some(*globals);
+        return Some(globals.clone());
     }
-    let globals = find_handed_on(filesystem)?;
-    found.push((filesystem, globals));
+    let globals = find_in_inode(filesystem)?;
+    found.push((filesystem, globals.clone()));
     Some(globals)
 }
 
-fn find_handed_on(filesystem: Filesystem) -> Option<HandedOnGlobals> {
+fn find_in_inode(filesystem: Filesystem) -> Option<InodeGlobals> {
     let HandedOn {
         module,
         structure,
@@ -229,10 +230,17 @@ fn find_handed_on(filesystem: Filesystem) -> Option<HandedOnGlobals> {
         // Built into the kernel.
         Err(_) => kernel,
     };
-    let from_inode = types
-        .offset(structure, flags)?
-        .wrapping_sub(types.offset(structure, inode)?);
-    Some([("FLAGS_FROM_INODE", from_inode), ("FLAGS_HANDED_ON", mask)])
+    let inode = types.offset(structure, inode)?;
+    let from_inode = |member| Some(types.offset(structure, member)?.wrapping_sub(inode));
+    let mut globals = vec![
+        ("FLAGS_FROM_INODE", from_inode(flags)?),
+        ("FLAGS_HANDED_ON", mask),
+    ];
+    if filesystem == Filesystem::Btrfs {
+        globals.push(("ROOT_FROM_INODE", from_inode("root")?));
+        globals.push(("ROOT_NUMBER", types.offset("btrfs_root", "root_key")?));
+    }
+    Some(globals)
 }
 
 /// Keeps what [`running_globals`] would find.

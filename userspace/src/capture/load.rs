@@ -18,7 +18,7 @@ use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use twinwrite_abi::{ABI_VERSION, control};
 
-use super::btf::{KERNEL_BTF, handed_on_globals, running_globals};
+use super::btf::{KERNEL_BTF, inode_globals, running_globals};
 use super::control::Control;
 use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
@@ -27,7 +27,7 @@ use super::object::{fingerprint, object};
 use super::probe;
 use super::server;
 use super::sys::program_by_id;
-use super::{CaptureError, CaptureOptions};
+use super::{CaptureError, CaptureOptions, Filesystem};
 
 const PIN_ROOT: &str = "/sys/fs/bpf/twinwrite";
 
@@ -369,8 +369,14 @@ fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
         loader.override_global(name, value, true);
     }
     loader.override_global("TARGET_DEV", &device, true);
-    let handed_on = handed_on_globals(options.filesystem);
-    for (name, value) in handed_on.iter().flatten() {
+    let in_inode = inode_globals(options.filesystem);
+    if in_inode.is_none() && options.filesystem == Filesystem::Btrfs {
+        return Err(CaptureError::NoMember(
+            "member btrfs_inode.root (/sys/kernel/btf/btrfs), which tells subvolumes apart"
+                .to_owned(),
+        ));
+    }
+    for (name, value) in in_inode.iter().flatten() {
         loader.override_global(name, value, true);
     }
     let is_always_told = u64::from(probe::is_state_of_new_told(options.filesystem));

@@ -218,7 +218,7 @@ pub fn bpf_lsm_active() -> bool {
 /// Whether the extended state of all that is made is told, because it may have something that nobody gave it:
 /// also where nobody knows what a directory hands on.
 pub(super) fn is_state_of_new_told(filesystem: Filesystem) -> bool {
-    labels_what_is_made() || btf::handed_on_globals(filesystem).is_none()
+    labels_what_is_made() || btf::inode_globals(filesystem).is_none()
 }
 
 /// Whether a security module gives what is made a label, kept in an extended attribute
