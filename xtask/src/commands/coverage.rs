@@ -46,7 +46,6 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let kernels = arguments
         .kernel
         .map_or_else(|| KernelRelease::ALL.to_vec(), |kernel| vec![kernel]);
-    let mut table = Table::load()?;
     let mut wrong = Vec::new();
     for filesystem in filesystems {
         for kernel in &kernels {
@@ -71,6 +70,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
                     wrong.push(format!("{column}: {}: {}", probe.name, cell.words));
                 }
             }
+            // Another run may have written its column meanwhile.
+            let mut table = Table::load()?;
             table.put(&column, found, arguments.only.is_empty());
             let not_captured = table.not_captured(&column);
             if not_captured > NOT_CAPTURED_MAX {
