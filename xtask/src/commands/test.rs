@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 
 use crate::build::Profile;
+use crate::scenarios::Choice;
 use crate::setup::{self, Purpose};
 use crate::{build, progress, scenarios};
 
@@ -14,6 +15,9 @@ pub struct Arguments {
     /// Of the virtual machines' scenarios only the one that crashes and takes over.
     #[arg(long)]
     quick: bool,
+    /// Also the scenarios that repeat others on another kernel or file system.
+    #[arg(long, conflicts_with_all = ["quick", "only"])]
+    all: bool,
     /// Only the scenario of this name, and nothing else but building.
     #[arg(long, value_name = "NAME", conflicts_with = "quick")]
     only: Option<String>,
@@ -39,13 +43,18 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     if arguments.list {
         for scenario in scenarios::ALL {
             let (name, seconds, proves) = (scenario.name, scenario.seconds, scenario.proves);
-            println!("{name} (about {seconds} s): {proves}");
+            let when = if scenario.is_repeat() {
+                ", with --all"
+            } else {
+                ""
+            };
+            println!("{name} (about {seconds} s{when}): {proves}");
         }
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(name) = &arguments.only {
         scenarios::find(name)?;
-        return in_machines(Some(name));
+        return in_machines(Choice::Named(name));
     }
     setup::ensure(Purpose::Build)?;
     setup::ensure(Purpose::Test)?;
@@ -70,16 +79,29 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         tests.extend(&packages);
         cargo("Tests without virtual machines", &tests)?;
     }
-    in_machines(arguments.quick.then_some(scenarios::SMOKE))
+    in_machines(if arguments.quick {
+        Choice::Named(scenarios::SMOKE)
+    } else if arguments.all {
+        Choice::All
+    } else {
+        Choice::Usual
+    })
 }
 
-/// Builds what runs in the machines once, then runs one scenario or all.
-fn in_machines(only: Option<&str>) -> Result<ExitCode> {
+/// Builds what runs in the machines once, then runs the scenarios.
+fn in_machines(choice: Choice<'_>) -> Result<ExitCode> {
     setup::ensure(Purpose::Build)?;
     setup::ensure(Purpose::Test)?;
     build::build(Profile::Release)?;
-    let outcome = scenarios::run(only)?;
+    let outcome = scenarios::run(choice)?;
     println!("{} passed, {} failed", outcome.passed, outcome.failed.len());
+    if choice == Choice::Usual {
+        let repeats = scenarios::ALL
+            .iter()
+            .filter(|scenario| scenario.is_repeat());
+        let repeats: Vec<&str> = repeats.map(|scenario| scenario.name).collect();
+        println!("left out, see --all: {}", repeats.join(", "));
+    }
     if !outcome.failed.is_empty() {
         bail!("failed: {}", outcome.failed.join(", "));
     }

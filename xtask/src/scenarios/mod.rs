@@ -74,6 +74,44 @@ const fn scenario(name: &'static str, seconds: u32, run: Run, proves: &'static s
     }
 }
 
+/// What repeats another scenario on another kernel or file system: left out unless all are asked for, since the
+/// rest takes more than an hour where machines are emulated.
+const REPEATS: &[&str] = &[
+    "survives_crash_btrfs_6_1",
+    "gate_uring_preempt",
+    "gate_nfs_v3",
+    "paused_owner_xfs",
+];
+
+/// Which scenarios to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice<'a> {
+    /// Each.
+    All,
+    /// All that do not repeat another one on another kernel or file system.
+    Usual,
+    /// The one of this name.
+    Named(&'a str),
+}
+
+impl Choice<'_> {
+    fn takes(self, scenario: &Scenario) -> bool {
+        match self {
+            Self::All => true,
+            Self::Usual => !scenario.is_repeat(),
+            Self::Named(name) => scenario.name == name,
+        }
+    }
+}
+
+impl Scenario {
+    /// Whether it repeats another one on another kernel or file system.
+    #[must_use]
+    pub fn is_repeat(&self) -> bool {
+        REPEATS.contains(&self.name)
+    }
+}
+
 /// All of them, in the order they run; those that share machines are neighbours.
 pub const ALL: &[Scenario] = &[
     scenario(
@@ -370,4 +408,16 @@ pub fn find(name: &str) -> Result<&'static Scenario> {
     ALL.iter()
         .find(|scenario| scenario.name == name)
         .with_context(|| format!("no scenario `{name}`: cargo xtask test --list"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{REPEATS, find};
+
+    #[test]
+    fn what_is_left_out_is_there() {
+        for name in REPEATS {
+            assert!(find(name).is_ok(), "{name}");
+        }
+    }
 }

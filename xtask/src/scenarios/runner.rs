@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 
 use super::Run::{Alone, Quiet, Shared};
-use super::{ALL, EmulatorsFault, Scenario, bench, with_lab};
+use super::{ALL, Choice, EmulatorsFault, Scenario, bench, with_lab};
 use crate::lab::Lab;
 use crate::progress;
 
@@ -54,8 +54,8 @@ impl Outcome {
 /// # Errors
 /// If the machines' root cannot be made, or the environment names no number of labs: a scenario's failure
 /// is part of the outcome.
-pub fn run(only: Option<&str>) -> Result<Outcome> {
-    let chosen = |scenario: &&Scenario| only.is_none_or(|name| name == scenario.name);
+pub fn run(choice: Choice<'_>) -> Result<Outcome> {
+    let chosen = |scenario: &&Scenario| choice.takes(scenario);
     let (together, by_turns): (Vec<&Scenario>, Vec<&Scenario>) = ALL
         .iter()
         .filter(chosen)
