@@ -104,7 +104,7 @@ pub fn gap_whiteout(ctx: FExitContext) -> i32 {
 
 /// Whether an ioctl cannot change a volume, or has a hook of its own above.
 #[inline(always)]
-pub fn is_harmless_ioctl(command: u32) -> bool {
+fn is_harmless_ioctl(command: u32) -> bool {
     const TERMINAL: u32 = 0x54;
     if (command >> 8) & 0xff == TERMINAL {
         return true;

@@ -256,6 +256,7 @@ impl Keeper {
     fn show_as_mirror(&self, theirs: Option<&VolumeClaim>, slot: Option<&NodeReport>) {
         let peer = &self.node.peer;
         let stopped = slot.is_some_and(|report| report.state == AgentState::Stopped);
+        let is_open = theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open);
         let is_exposed = slot.is_some_and(|report| report.exposed.contains(&self.volume.name));
         let restarts = slot.is_some_and(|report| !report.told.restart_within.is_zero());
         if stopped {
@@ -270,16 +271,16 @@ impl Keeper {
                  once it is back"
             );
             self.say(Role::Mirror, Protection::Exposed, &reason);
-        } else if is_exposed && theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open) {
+        } else if !is_open {
+            let reason = format!("{peer} has no open epoch: see `twinwrite status` there");
+            self.say(Role::Mirror, Protection::Exposed, &reason);
+        } else if is_exposed {
             let reason = format!(
                 "{peer} mirrors and shows the volume as exposed: see `twinwrite status` there"
             );
             self.say(Role::Mirror, Protection::Exposed, &reason);
-        } else if theirs.is_some_and(|claim| claim.epoch_state == EpochState::Open) {
-            self.say(Role::Mirror, Protection::Protected, "");
         } else {
-            let reason = format!("{peer} has no open epoch: see `twinwrite status` there");
-            self.say(Role::Mirror, Protection::Exposed, &reason);
+            self.say(Role::Mirror, Protection::Protected, "");
         }
     }
 

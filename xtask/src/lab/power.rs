@@ -58,10 +58,7 @@ impl Lab {
             bail!("machine {node} did not answer before the crash");
         }
         self.bring_about(node, kind)?;
-        self.done(&Request::WaitDead {
-            node,
-            timeout_s: DEATH_LIMIT_S,
-        })?;
+        self.await_death(node)?;
         let after = self.machine(node)?;
         let console = fs::read(self.console_log(node)).unwrap_or_default();
         let at_ms = judge(&after, kind, &String::from_utf8_lossy(&console))
@@ -170,8 +167,7 @@ impl Lab {
 
     fn end(&self, node: NodeName) -> Result<()> {
         self.done(&Request::Kill { node })?;
-        let timeout_s = DEATH_LIMIT_S;
-        self.done(&Request::WaitDead { node, timeout_s }).map(drop)
+        self.await_death(node)
     }
 
     /// Whether a machine that is not ready yet, and lives, waits for a timer's interrupt that never came.
