@@ -12,18 +12,25 @@ use super::{Case, Options, Part, Regime, Summary, prepare, run};
 use crate::error::{Error, Told as _};
 use crate::walk;
 
-/// Arguments of `torture`.
+/// What both commands are about.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Arguments {
+struct Chosen {
     /// The volume's mount point
     #[arg(long)]
     root: PathBuf,
-    /// What to run: SEED-LENGTH-THREADS
+    /// What to run, or was run: SEED-LENGTH-THREADS
     #[arg(long = "case", required = true, value_delimiter = ',')]
     cases: Vec<Case>,
     /// Only these kinds of operations
     #[arg(long, value_delimiter = ',')]
     only: Vec<Kind>,
+}
+
+/// Arguments of `torture`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    chosen: Chosen,
     /// Run the cases one after the other and write a manifest of each into this directory (not on the volume)
     #[arg(long, required_unless_present = "logs")]
     manifests: Option<PathBuf>,
@@ -39,15 +46,8 @@ pub struct Arguments {
 /// Arguments of `torture-check`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct CheckArguments {
-    /// The volume's mount point
-    #[arg(long)]
-    root: PathBuf,
-    /// What was run: SEED-LENGTH-THREADS
-    #[arg(long = "case", required = true, value_delimiter = ',')]
-    cases: Vec<Case>,
-    /// Only these kinds of operations were run
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<Kind>,
+    #[command(flatten)]
+    chosen: Chosen,
     /// The logs' directory
     #[arg(long)]
     logs: PathBuf,
@@ -82,9 +82,9 @@ impl Arguments {
             None => Regime::Settled,
         };
         Options {
-            root: self.root.clone(),
+            root: self.chosen.root.clone(),
             case,
-            kinds: self.only.clone(),
+            kinds: self.chosen.only.clone(),
             regime,
             part,
         }
@@ -99,15 +99,15 @@ impl Arguments {
             wait_for_go()?;
             return self.together();
         }
-        for case in &self.cases {
-            prepare(&self.root, case)?;
+        for case in &self.chosen.cases {
+            prepare(&self.chosen.root, case)?;
         }
         let Some(manifests) = &self.manifests else {
-            let others = Others::start(self, &self.cases)?;
+            let others = Others::start(self, &self.chosen.cases)?;
             let done = self.together();
             return Ok(merged(done?, others.end()?));
         };
-        let each = self.cases.iter().map(|case| {
+        let each = self.chosen.cases.iter().map(|case| {
             let others = Others::start(self, &[*case])?;
             let what = run(&self.options(*case, Part::Even))?;
             let told = Told {
@@ -115,7 +115,7 @@ impl Arguments {
                 what,
             };
             let done = merged(vec![told], others.end()?);
-            let described = walk::describe(&self.root, &case.directory())?;
+            let described = walk::describe(&self.chosen.root, &case.directory())?;
             described.save(&manifests.join(case.to_string()))?;
             Ok(done)
         });
@@ -133,9 +133,10 @@ impl Arguments {
                 let (case, options) = (*case, self.options(*case, part));
                 (case, scope.spawn(move || run(&options)))
             };
-            let started: Vec<_> = self.cases.iter().map(start).collect();
+            let started: Vec<_> = self.chosen.cases.iter().map(start).collect();
             let ended = started.into_iter().map(|(case, thread)| {
-                let died = |_| Err(io::Error::other("a thread died")).told("work in", &self.root);
+                let died =
+                    |_| Err(io::Error::other("a thread died")).told("work in", &self.chosen.root);
                 let what = thread.join().unwrap_or_else(died)?;
                 let case = case.to_string();
                 Ok(Told { case, what })
@@ -151,10 +152,17 @@ impl CheckArguments {
     /// # Errors
     /// If a log cannot be read.
     pub fn run(&self) -> Result<Vec<Told<Judged>>, Error> {
-        let each = self.cases.iter().map(|case| {
+        let each = self.chosen.cases.iter().map(|case| {
             let threads = (0..case.threads).map(|thread| {
                 let mirrored = self.mirrored.as_deref();
-                judge(&self.root, case, thread, &self.only, &self.logs, mirrored)
+                judge(
+                    &self.chosen.root,
+                    case,
+                    thread,
+                    &self.chosen.only,
+                    &self.logs,
+                    mirrored,
+                )
             });
             let threads = threads.collect::<Result<Vec<Verdict>, Error>>()?;
             let pass = threads.iter().all(|verdict| verdict.differences.is_empty());
@@ -178,11 +186,11 @@ impl Others {
         let program = std::env::current_exe().told("find", "/proc/self/exe".as_ref())?;
         let mut command = Command::new(&program);
         command.arg("torture").arg("--part").arg("odd");
-        command.arg("--root").arg(&arguments.root);
+        command.arg("--root").arg(&arguments.chosen.root);
         for case in cases {
             command.arg("--case").arg(case.to_string());
         }
-        for kind in &arguments.only {
+        for kind in &arguments.chosen.only {
             let value = clap::ValueEnum::to_possible_value(kind);
             let name = value.map(|value| value.get_name().to_owned());
             command.arg("--only").arg(name.unwrap_or_default());
