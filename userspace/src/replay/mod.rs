@@ -15,7 +15,8 @@
 //! What replay makes anew carries the extended attribute [`disk::STAMP_ATTRIBUTE`] with the region's epoch
 //! and the identity it stands for, so that a restart knows it. A stamp of another epoch means nothing: a
 //! crash between `finish` and `tidy` may leave some, and the epoch in them keeps a later replay from
-//! taking them for its own.
+//! taking them for its own. An inode that ends immutable or append-only loses it before it is locked, to a note in
+//! `.twinwrite/staging`.
 //!
 //! Change times (ctime) and birth times are not restored: no system call sets them.
 //!

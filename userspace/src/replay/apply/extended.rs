@@ -5,6 +5,9 @@
 //! the locks are noted first, in the name of an empty file under staging, which reaches the disk no later
 //! than the unlocking does, because a file system commits changes of metadata in their order. In the same way
 //! the capabilities of a file are noted that loses them by being written.
+//!
+//! What was made and is to be locked cannot be rid of its stamp after [`Apply::settle`]: it loses it before, and a
+//! note stands for the stamp until all is tidied up.
 
 use super::Apply;
 use crate::ids::Identity;
@@ -14,6 +17,7 @@ use crate::replay::volume::{Stamp, Step, Volume, VolumeError};
 
 const LOCKED: &str = "locked";
 const CAPABLE: &str = "capable";
+const MADE: &str = "made";
 const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 const CAPABILITY: &[u8] = b"security.capability";
 
@@ -24,6 +28,8 @@ enum Note {
     Locked(Identity, u32),
     /// The file must have this capability.
     Capable(Identity, Vec<u8>),
+    /// The first was made by this epoch's replay, for the second.
+    Made(Identity, Identity),
 }
 
 impl Note {
@@ -35,6 +41,12 @@ impl Note {
             Self::Capable(Identity { ino, generation }, value) => {
                 let hex: String = value.iter().map(|byte| format!("{byte:02x}")).collect();
                 format!("{CAPABLE}-{ino}-{generation}-{hex}")
+            }
+            Self::Made(Identity { ino, generation }, planned) => {
+                format!(
+                    "{MADE}-{ino}-{generation}-{}.{}",
+                    planned.ino, planned.generation
+                )
             }
         };
         text.into_bytes()
@@ -59,6 +71,14 @@ impl Note {
                 let bytes: Option<Vec<u8>> = (0..value.len()).step_by(2).map(byte).collect();
                 Some(Self::Capable(identity, bytes?))
             }
+            MADE => {
+                let (ino, generation) = value.split_once('.')?;
+                let planned = Identity {
+                    ino: ino.parse().ok()?,
+                    generation: generation.parse().ok()?,
+                };
+                Some(Self::Made(identity, planned))
+            }
             _ => None,
         }
     }
@@ -67,6 +87,11 @@ impl Note {
 /// Whether a file of this name under staging is a note, which stays until all is done.
 pub(super) fn is_note(name: &[u8]) -> bool {
     Note::parse(name).is_some()
+}
+
+/// Whether it is a note that stands for a stamp: what it says is of one epoch only.
+pub(super) fn is_stamp_note(name: &[u8]) -> bool {
+    matches!(Note::parse(name), Some(Note::Made(..)))
 }
 
 /// One thing of an inode's flags that can be set without the others.
@@ -122,6 +147,26 @@ pub(super) fn pass_on_no_acl<V: Volume>(volume: &mut V, directory: Identity) -> 
 }
 
 impl<'a, V: Volume> Apply<'_, 'a, V> {
+    /// Reads the notes that stand for stamps; those of other epochs are gone by now.
+    pub(super) fn read_stamp_notes(&mut self) -> Step<()> {
+        for name in self.volume.list(self.staging)? {
+            if let Some(Note::Made(disk, planned)) = Note::parse(&name) {
+                self.noted.insert(disk, planned);
+            }
+        }
+        Ok(())
+    }
+
+    /// The stamp of an inode, or what a note says for it.
+    pub(super) fn stamp(&mut self, disk: Identity) -> Step<Option<Stamp>> {
+        let epoch = self.plan.epoch;
+        let noted = self.noted.get(&disk).copied();
+        match noted.map(|identity| Stamp { epoch, identity }) {
+            None => self.volume.stamp(disk),
+            stamp => Ok(stamp),
+        }
+    }
+
     /// Opens every inode of the log to changes.
     pub(super) fn unlock(&mut self) -> Step<()> {
         for name in self.volume.list(self.staging)? {
@@ -132,7 +177,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 Some(Note::Capable(identity, value)) => {
                     self.capabilities.insert(identity, value);
                 }
-                None => {}
+                Some(Note::Made(..)) | None => {}
             }
         }
         let root = self.volume.root()?;
@@ -333,6 +378,16 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         })
     }
 
+    /// A note takes the stamp's place: see the head of this file.
+    fn note_stamp(&mut self, disk: Identity) -> Step<()> {
+        let stamp = self.volume.stamp(disk)?;
+        let Some(stamp) = stamp.filter(|stamp| stamp.epoch == self.plan.epoch) else {
+            return Ok(());
+        };
+        self.note(&Note::Made(disk, stamp.identity))?;
+        self.volume.set_stamp(disk, None)
+    }
+
     /// Locks again what was locked, or is to be from now on. Nothing may be changed after this.
     pub(super) fn settle(&mut self) -> Step<()> {
         for (disk, locks) in std::mem::take(&mut self.locks) {
@@ -340,11 +395,12 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
                 continue;
             };
             if flags.locks() != locks {
+                self.note_stamp(disk)?;
                 self.volume.set_flags(disk, flags.locked(locks))?;
             }
         }
         for name in self.volume.list(self.staging)? {
-            if is_note(&name) {
+            if is_note(&name) && !is_stamp_note(&name) {
                 self.volume.unlink(self.staging, &name)?;
             }
         }
@@ -366,6 +422,7 @@ mod tests {
         for note in [
             Note::Locked(identity, 0x30),
             Note::Capable(identity, vec![0, 0xff, 0x10]),
+            Note::Made(identity, Identity { ino: 7, ..identity }),
         ] {
             assert_eq!(Note::parse(&note.name()).as_ref(), Some(&note));
         }
@@ -374,6 +431,7 @@ mod tests {
             "locked-1-2",
             "locked-1-2-zz",
             "capable-1-2-abc",
+            "made-1-2-3",
             "kept-1-2",
             "1-2",
         ] {

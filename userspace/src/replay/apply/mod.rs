@@ -163,6 +163,8 @@ struct Apply<'p, 'a, V> {
     /// Modification times that directories had before replay touched them.
     touched: BTreeMap<Identity, i64>,
     written: BTreeSet<Identity>,
+    /// What was made and bears no stamp, by its identity on the disk, and what it was made for.
+    noted: BTreeMap<Identity, Identity>,
     /// `FS_IMMUTABLE_FL` and `FS_APPEND_FL` of inodes on the disk, as they must be in the end.
     locks: BTreeMap<Identity, u32>,
     /// File capabilities that writing takes away, and that must be there in the end.
@@ -191,14 +193,13 @@ pub fn apply_to<V: Volume>(
     Ok(run.outcome)
 }
 
-/// Removes stamps and the staging directory.
+/// Removes stamps, the notes that stand for some, and the staging directory.
 ///
 /// # Errors
 /// The first step that failed.
 pub fn tidy_on<V: Volume>(volume: &mut V, outcome: &Outcome) -> Step<()> {
     for identity in &outcome.created {
-        // To take the stamp from an immutable inode would open it, for good if this run ends in between. It
-        // keeps it: the epoch in it says that it means nothing any more.
+        // What is locked has lost its stamp before it was.
         if volume.stat(*identity)?.is_some_and(|stat| !stat.is_locked) {
             volume.set_stamp(*identity, None)?;
         }
@@ -207,6 +208,13 @@ pub fn tidy_on<V: Volume>(volume: &mut V, outcome: &Outcome) -> Step<()> {
     let Some(own) = volume.lookup(root, OWN_DIRECTORY.as_bytes())? else {
         return Ok(());
     };
+    if let Some(staging) = volume.lookup(own, STAGING)? {
+        for name in volume.list(staging)? {
+            if extended::is_stamp_note(&name) {
+                volume.unlink(staging, &name)?;
+            }
+        }
+    }
     for name in [STAGING, RECOVERED] {
         if let Some(directory) = volume.lookup(own, name)?
             && volume.list(directory)?.is_empty()
@@ -263,6 +271,7 @@ impl<'p, 'a, V: Volume> Apply<'p, 'a, V> {
             aside,
             touched,
             written: BTreeSet::new(),
+            noted: BTreeMap::new(),
             locks: BTreeMap::new(),
             capabilities: BTreeMap::new(),
         })

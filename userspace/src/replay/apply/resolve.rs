@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::extended::is_note;
+use super::extended::{is_note, is_stamp_note};
 use super::{Apply, Found, Stage};
 use crate::faults::{Fault, injected};
 use crate::ids::Identity;
@@ -93,7 +93,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         {
             return Ok(None);
         }
-        Ok(match self.volume.stamp(identity)? {
+        Ok(match self.stamp(identity)? {
             Some(stamp) if stamp.epoch == self.plan.epoch => {
                 (stamp.identity == identity).then_some(Found::Made(identity))
             }
@@ -148,14 +148,14 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         };
         let staged = made_name(identity);
         if let Some(made) = self.volume.lookup(self.staging, &staged)?
-            && self.volume.stamp(made)? == Some(wanted)
+            && self.stamp(made)? == Some(wanted)
         {
             return Ok(Some(made));
         }
         for (directory, name) in self.places.get(&identity).cloned().unwrap_or_default() {
             if let Some(directory) = self.on_disk(directory)
                 && let Some(made) = self.volume.lookup(directory, name)?
-                && self.volume.stamp(made)? == Some(wanted)
+                && self.stamp(made)? == Some(wanted)
             {
                 return Ok(Some(made));
             }
@@ -164,7 +164,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
         let aside: Vec<Vec<u8>> = self.aside.clone();
         for name in aside.iter().filter(|name| name.ends_with(&staged)) {
             if let Some(made) = self.volume.lookup(self.recovered, name)?
-                && self.volume.stamp(made)? == Some(wanted)
+                && self.stamp(made)? == Some(wanted)
             {
                 return Ok(Some(made));
             }
@@ -185,11 +185,11 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             match self.volume.stamp(made)? {
                 Some(stamp) if stamp.epoch == self.plan.epoch => {}
                 // Of a replay that never came to its end: what it says is still to be done.
-                Some(_) if is_note(&name) => self.stamp_note(made)?,
+                Some(_) if is_note(&name) && !is_stamp_note(&name) => self.stamp_note(made)?,
                 _ => self.discard(&name, made)?,
             }
         }
-        Ok(())
+        self.read_stamp_notes()
     }
 
     fn discard(&mut self, name: &[u8], made: Identity) -> Step<()> {

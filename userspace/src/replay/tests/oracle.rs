@@ -122,8 +122,30 @@ impl Oracle<'_> {
     fn stands_for(&self, inode: Identity) -> Identity {
         match self.got.nodes.get(&inode).and_then(|node| node.stamp) {
             Some(stamp) if stamp.epoch == Epoch(7) => stamp.identity,
-            _ => inode,
+            _ => self.noted_for(inode).unwrap_or(inode),
         }
+    }
+
+    /// What a note under staging says, of an inode that is locked.
+    fn noted_for(&self, inode: Identity) -> Option<Identity> {
+        let Identity { ino, generation } = inode;
+        let noted = format!("made-{ino}-{generation}-");
+        let names = self.staged();
+        let mut told = names.iter().filter_map(|name| {
+            let text = std::str::from_utf8(name).ok()?;
+            text.strip_prefix(noted.as_str())?.split_once('.')
+        });
+        let (ino, generation) = told.next()?;
+        Some(Identity {
+            ino: ino.parse().ok()?,
+            generation: generation.parse().ok()?,
+        })
+    }
+
+    fn staged(&self) -> Vec<Name> {
+        let own = self.got.entries(self.got.root)[b".twinwrite".as_slice()];
+        let staging = self.got.entries(own)[b"staging".as_slice()];
+        self.got.entries(staging).into_keys().collect()
     }
 
     /// Something older than the cut had been moved to this name after it.
@@ -287,10 +309,16 @@ impl Oracle<'_> {
         Ok(())
     }
 
+    /// But for the notes that stand for the stamps of what is locked.
     fn staging_is_empty(&self) -> Result<(), String> {
-        let own = self.got.entries(self.got.root)[b".twinwrite".as_slice()];
-        let staging = self.got.entries(own)[b"staging".as_slice()];
-        match self.got.entries(staging).keys().next() {
+        let is_of_locked = |name: &Name| {
+            let mut locked = self.got.nodes.iter().filter(|(_, n)| n.flags.locks() != 0);
+            locked.any(|(Identity { ino, generation }, node)| {
+                node.stamp.is_none()
+                    && name.starts_with(format!("made-{ino}-{generation}-").as_bytes())
+            })
+        };
+        match self.staged().iter().find(|name| !is_of_locked(name)) {
             None => Ok(()),
             Some(name) => Err(format!("{} is left in staging", name.escape_ascii())),
         }
@@ -326,7 +354,11 @@ pub(super) fn tree(model: &Model) -> Vec<String> {
             extended_of(node)
         ));
         for (name, child) in model.entries(inode).into_iter().rev() {
-            open.push((format!("{path}/{}", name.escape_ascii()), child));
+            let path = format!("{path}/{}", name.escape_ascii());
+            // A note that stands for a stamp is made anew where the run that made it was interrupted.
+            if !path.starts_with("/.twinwrite/staging/made-") {
+                open.push((path, child));
+            }
         }
     }
     lines.sort();
