@@ -9,6 +9,7 @@ mod report;
 mod round;
 mod shrink;
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context as _, Result};
@@ -116,6 +117,8 @@ struct Pair<'a> {
     lab: &'a Lab,
     plan: &'a Plan,
     owner: NodeName,
+    /// What the volume holds directories of: none of them can run a second time.
+    ran: BTreeSet<Case>,
     /// Decides when the power is cut.
     random: Random,
 }
@@ -140,6 +143,7 @@ fn crash_all(lab: &Lab, plan: &Plan, report: &mut Report) -> Result<()> {
         lab,
         plan,
         owner: NodeName::A,
+        ran: BTreeSet::new(),
         random: Random::new(plan.seed),
     };
     let cases = plan.cases();

@@ -34,6 +34,7 @@ pub(super) fn run(
     control: bool,
 ) -> Result<Round> {
     let began = Instant::now();
+    pair.ran.extend(cases);
     come_back(pair)?;
     let owner = pair.owner;
     for node in NodeName::ALL {

@@ -17,7 +17,8 @@ const EIGHTHS: std::ops::RangeInclusive<u64> = 1..=7;
 pub(super) fn run(pair: &mut Pair<'_>, case: &Case, turn: &Turn) -> Result<Option<String>> {
     let mut smallest = *case;
     for crash in 1..=pair.plan.shrink_crashes {
-        let candidates = candidates(&smallest);
+        let mut candidates = candidates(&smallest);
+        candidates.retain(|case| !pair.ran.contains(case));
         if candidates.is_empty() {
             break;
         }
