@@ -206,7 +206,7 @@ pub unsafe fn refuses(inode: *const u8, command: u32) -> bool {
     // SAFETY: the caller's.
     is_refused(command)
         && unsafe { member::<u64>(member(inode, &INODE_SB), &SB_MAGIC) } == MAGIC
-        && wanted(inode).is_some()
+        && wanted_on_volume(inode).is_some()
 }
 
 /// io_uring passes commands of its own to the file system (encoded reads and writes, since 6.13): one whose
@@ -216,7 +216,7 @@ pub fn refuse_uring(ctx: LsmContext) -> i32 {
     let before: i32 = ctx.arg(1);
     // SAFETY: the arguments of the hook.
     let inode: *const u8 = unsafe { member(member(ctx.arg(0), &URING_FILE), &FILE_INODE) };
-    if before == 0 && wanted(inode).is_some() {
+    if before == 0 && wanted_on_volume(inode).is_some() {
         return -EOPNOTSUPP;
     }
     before

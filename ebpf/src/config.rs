@@ -31,6 +31,11 @@ globals! {
     STATE_OF_NEW,
     /// Where a directory has the flags that it hands on, counted from its VFS inode (wrapping), and which are.
     FLAGS_FROM_INODE, FLAGS_HANDED_ON,
+    /// The directory below which the volume is protected; absent if it is as a whole.
+    SUBTREE_INO, SUBTREE_GENERATION,
+    /// The agent's own directory, which counts as protected then.
+    OWN_INO, OWN_GENERATION,
+    INODE_DENTRIES, DENTRY_ALIAS, DENTRY_HASHED_BY, SB_ROOT,
     /// On a btrfs, where an inode has the address of its tree's root, counted from its VFS inode (wrapping), and
     /// where that has the tree's number.
     ROOT_FROM_INODE, ROOT_NUMBER,

@@ -12,8 +12,9 @@ use twinwrite_abi::{FILLED_BYTES_MAX, flag, gap, held, op};
 use crate::calls;
 use crate::config::*;
 use crate::emit::*;
-use crate::gaps::{note_early, note_late};
+use crate::gaps::{note_around, note_late};
 use crate::gate::{self, Wait};
+use crate::subtree::{Side, side};
 use crate::unnoticed;
 
 const IOMAP_DIO_WRITE: u32 = 1 << 30;
@@ -41,8 +42,8 @@ static WRITTEN: HashMap<u64, Written> = HashMap::with_max_entries(4096, 0);
 pub fn direct_submit(ctx: FEntryContext) -> i32 {
     // SAFETY: the arguments of the hooked function.
     let inode: *const u8 = unsafe { member(ctx.arg(0), &MAPPING_HOST) };
-    if let Some(control) = wanted(inode)
-        && !calls::is_in_write()
+    if let Some(control) = concerned(inode)
+        && (!calls::is_in_write() || side(inode) == Side::Unknown)
     {
         let generation = gate::generation(control);
         note_gap(control, gap::DIRECT_IO, inode);
@@ -94,12 +95,12 @@ pub fn direct_end_begin(ctx: FEntryContext) -> i32 {
         }
         let iocb: *const u8 = member(dio, &DIO_IOCB);
         let inode: *const u8 = member(member(iocb, &KIOCB_FILP), &FILE_INODE);
-        if let Some(control) = wanted(inode)
-            && !is_waited_for(dio, iocb, inode)
+        if let Some(control) = concerned(inode)
+            && (side(inode) == Side::Unknown || !is_waited_for(dio, iocb, inode))
         {
             // The epoch may have ended since the write began, and the next one be open.
             let generation = gate::generation(control);
-            note_early(inode, gap::DIRECT_IO);
+            note_around(control, inode, gap::DIRECT_IO);
             gate::require_closed(control, generation);
         }
     }

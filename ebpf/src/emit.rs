@@ -15,6 +15,7 @@ use twinwrite_abi::{
 
 use crate::config::*;
 use crate::gate;
+use crate::subtree::{Side, is_told, side};
 
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 const BPF_RB_NO_WAKEUP: u64 = 1;
@@ -169,10 +170,24 @@ fn is_in_other_tree(inode: *const u8) -> bool {
     number != Some(TOP)
 }
 
+/// As [`wanted_on_volume`], for a change of what is protected; of which nobody can say is a gap.
+#[inline(always)]
+pub fn wanted(inode: *const u8) -> Option<Control> {
+    let control = wanted_on_volume(inode)?;
+    is_told(control, inode).then_some(control)
+}
+
+/// As [`wanted`], for what changes nothing.
+#[inline(always)]
+pub fn concerned(inode: *const u8) -> Option<Control> {
+    let control = wanted_on_volume(inode)?;
+    (side(inode) != Side::Outside).then_some(control)
+}
+
 /// Whether this inode is the volume's and the change is not the agent's own; the control words. A change of
 /// another tree of the volume is a gap.
 #[inline(always)]
-pub fn wanted(inode: *const u8) -> Option<Control> {
+pub fn wanted_on_volume(inode: *const u8) -> Option<Control> {
     if !is_on_volume(inode) {
         return None;
     }

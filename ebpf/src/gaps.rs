@@ -36,9 +36,8 @@ static EARLY: LruHashMap<u64, Early> = LruHashMap::with_max_entries(4096, 0);
 /// Notes a change that is about to happen; [`note_late`] notes it again, so that no checkpoint that
 /// ran before it is taken for one that covers it.
 #[inline(always)]
-pub unsafe fn note_early(inode: *const u8, reason: usize) -> Option<()> {
+pub unsafe fn note_around(control: Control, inode: *const u8, reason: usize) {
     const NEW_ONLY: u64 = 1;
-    let control = wanted(inode)?;
     note_gap(control, reason, inode);
     // SAFETY: the caller passes an inode that `wanted` accepted.
     let early = unsafe {
@@ -51,7 +50,6 @@ pub unsafe fn note_early(inode: *const u8, reason: usize) -> Option<()> {
     if EARLY.insert(&thread(), &early, NEW_ONLY).is_ok() {
         control.increment(control::EARLY_NOTES);
     }
-    Some(())
 }
 
 /// Notes again what the thread had noted before it happened.
@@ -150,8 +148,11 @@ fn ioctl(ctx: &LsmContext) -> i32 {
         if btrfs::refuses(inode, command) {
             return -btrfs::EOPNOTSUPP;
         }
-        if !mapping::is_snapshot(inode, command, argument) {
-            note_early(inode, gap::IOCTL);
+        // By a file on one side of the border one may change files on the other.
+        if !mapping::is_snapshot(inode, command, argument)
+            && let Some(control) = wanted_on_volume(inode)
+        {
+            note_around(control, inode, gap::IOCTL);
         }
     }
     0

@@ -31,6 +31,7 @@ use crate::emit::*;
 use crate::gaps;
 use crate::hold::hold;
 use crate::server;
+use crate::subtree::{Side, side_at};
 use crate::unnoticed;
 use crate::workers;
 
@@ -448,6 +449,12 @@ fn required_by_call(control: Control, regs: *const u8, result: i64) -> Option<Wa
         return Some(until_checkpoint(control, generation));
     }
     let file = file_on_volume(first, class == Class::SyncVolume)?;
+    if class != Class::SyncVolume
+        && (class != Class::Write || file.flags & (O_DIRECT | O_DSYNC) != 0)
+        && side_at(file.inode) == Side::Outside
+    {
+        return None;
+    }
     match class {
         // Its mark was not seen: this kernel can skip a program.
         Class::Write if file.flags & (O_DIRECT | O_DSYNC) == O_DSYNC => Some(until_settled(

@@ -28,6 +28,7 @@ mod mapping;
 mod names;
 mod server;
 mod space;
+mod subtree;
 mod sync;
 mod unnoticed;
 mod workers;

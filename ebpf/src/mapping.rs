@@ -80,7 +80,7 @@ const EOPNOTSUPP: i32 = 95;
 unsafe fn answer(file: *const u8) -> i32 {
     // SAFETY: the caller passes a file from the hook's arguments.
     let inode: *const u8 = unsafe { member(file, &FILE_INODE) };
-    match wanted(inode) {
+    match concerned(inode) {
         Some(control) if control.read(control::MAPPINGS_REFUSED) != 0 => -EOPNOTSUPP,
         _ => 0,
     }

@@ -12,6 +12,7 @@ use crate::config::*;
 use crate::data::Copying;
 use crate::emit::*;
 use crate::extended::emit_inherited;
+use crate::subtree::{Side, is_link_within, is_told, note_crossing, side};
 
 const MODE_FORMAT: u32 = 0o170_000;
 const MODE_DIRECTORY: u32 = 0o040_000;
@@ -171,18 +172,22 @@ fn emit_names(
 fn instantiated(ctx: &FExitContext) -> Option<()> {
     let dentry: *const u8 = ctx.arg(0);
     let inode: *const u8 = ctx.arg(1);
-    let control = wanted(inode)?;
+    let control = wanted_on_volume(inode)?;
     // SAFETY: the arguments of the hooked function.
     unsafe {
         let parent = parent_of(dentry);
+        let is_linkable = u64::from(member::<u32>(inode, &INODE_STATE)) & I_LINKABLE.load() != 0;
+        let is_link = is_linkable || member::<u32>(inode, &INODE_NLINK) > 1;
+        if is_link && !is_link_within(control, inode) || !is_told(control, parent) {
+            return None;
+        }
         let mut record = record_of(op::CREATE, inode, parent);
         let format = record.head.mode & MODE_FORMAT;
-        let state: u32 = member(inode, &INODE_STATE);
         if record.body.nlink == 0 {
             // d_tmpfile, which has its own hook because this call is inlined there on some kernels.
             return None;
         }
-        if u64::from(state) & I_LINKABLE.load() != 0 {
+        if is_linkable {
             record.head.op = op::LINK;
             record.head.flags = flag::FROM_TMPFILE;
         } else if record.body.nlink > 1 && format != MODE_DIRECTORY {
@@ -217,16 +222,20 @@ pub fn name_instantiate_new(ctx: FExitContext) -> i32 {
 #[inline(always)]
 fn unnamed(ctx: &FExitContext) -> Option<()> {
     let inode: *const u8 = ctx.arg(1);
-    let control = wanted(inode)?;
+    let control = wanted_on_volume(inode)?;
     // SAFETY: the arguments of the hooked function.
     unsafe {
+        // Which directory it was made in its open file's dentry tells; it has no name there.
+        let directory = parent_of(member(ctx.arg(0), &FILE_DENTRY));
+        if !is_told(control, directory) {
+            return None;
+        }
         let mut record = record_of(op::TMPFILE, inode, inode);
         record.head.pos = 0;
         record.head.arg = 0;
         record.body.parent_time_ns = 0;
         emit_names(control, record, inode, [Name::NONE, Name::NONE], 0);
-        // Which directory it was made in its open file's dentry tells; it has no name there.
-        emit_inherited(control, inode, parent_of(member(ctx.arg(0), &FILE_DENTRY)));
+        emit_inherited(control, inode, directory);
     }
     Some(())
 }
@@ -244,9 +253,10 @@ fn symlinked(ctx: &FExitContext) -> Option<()> {
     let target: u64 = ctx.arg(3);
     // SAFETY: the arguments of the hooked function.
     let inode: *const u8 = unsafe { member(dentry, &DENTRY_INODE) };
-    let control = wanted(inode)?;
+    let control = wanted_on_volume(inode)?;
     let result: i32 = ctx.ret().ok()?;
-    if result != 0 {
+    // SAFETY: as above.
+    if result != 0 || !is_told(control, unsafe { parent_of(dentry) }) {
         return None;
     }
     // SAFETY: as above.
@@ -278,7 +288,10 @@ fn deleted(ctx: &FEntryContext) -> Option<()> {
     // SAFETY: the arguments of the hooked function.
     unsafe {
         let inode: *const u8 = member(dentry, &DENTRY_INODE);
-        let control = wanted(inode)?;
+        let control = wanted_on_volume(inode)?;
+        if !is_told(control, parent_of(dentry)) {
+            return None;
+        }
         let record = record_of(op::UNLINK, inode, parent_of(dentry));
         emit_names(control, record, inode, [Name::of(dentry), Name::NONE], 0);
     }
@@ -292,6 +305,17 @@ pub fn name_delete(ctx: FEntryContext) -> i32 {
     0
 }
 
+/// Whether a move is to be told. One across the border, which began before those were refused, is a gap.
+#[inline(always)]
+fn is_told_of_move(control: Control, inode: *const u8, from: *const u8, to: *const u8) -> bool {
+    let (from, to) = (side(from), side(to));
+    if from != to || from == Side::Unknown {
+        note_crossing(control, inode);
+        return false;
+    }
+    from == Side::Inside
+}
+
 /// A rename or an exchange, before the dentries change: `dentry` is still at the old name.
 #[inline(always)]
 fn moved(ctx: &FEntryContext, op: u8) -> Option<()> {
@@ -300,9 +324,12 @@ fn moved(ctx: &FEntryContext, op: u8) -> Option<()> {
     // SAFETY: the arguments of the hooked function; a null victim reads as zeros.
     unsafe {
         let inode: *const u8 = member(dentry, &DENTRY_INODE);
-        let control = wanted(inode)?;
-        let mut record = record_of(op, inode, parent_of(dentry));
-        let new_parent = parent_of(target);
+        let control = wanted_on_volume(inode)?;
+        let (parent, new_parent) = (parent_of(dentry), parent_of(target));
+        if !is_told_of_move(control, inode, parent, new_parent) {
+            return None;
+        }
+        let mut record = record_of(op, inode, parent);
         record.body.new_parent_ino = member(new_parent, &INODE_INO);
         record.body.new_parent_generation = member(new_parent, &INODE_GENERATION);
         record.body.new_parent_time_ns = mtime_ns(new_parent);

@@ -23,6 +23,7 @@ use twinwrite_abi::{control, gap, held};
 use crate::config::*;
 use crate::emit::*;
 use crate::gate::{self, KERNEL_THREAD, Wait, note};
+use crate::subtree::{Side, side_at};
 
 /// `PF_MEMALLOC`: what drivers of network disks set where they send for whoever waits for the disk.
 const FOR_A_DISK: u32 = 0x0000_0800;
@@ -225,7 +226,7 @@ pub fn gate_reply(ctx: LsmContext) -> i32 {
 pub fn gate_server_metadata(ctx: RawTracePointContext) -> i32 {
     let device = gate::read_at::<u64>(ctx.arg(0), &INODE_SB)
         .and_then(|superblock| gate::read_at::<u32>(superblock, &SB_DEV));
-    if device.map(u64::from) != Some(TARGET_DEV.load()) {
+    if device.map(u64::from) != Some(TARGET_DEV.load()) || side_at(ctx.arg(0)) == Side::Outside {
         return 0;
     }
     let Some(control) = Control::get() else {

@@ -72,7 +72,7 @@ fn enter_file(ctx: &FEntryContext, road: u64) {
     // SAFETY: the arguments of the hooked function.
     unsafe {
         let inode = member(file, &FILE_INODE);
-        if let Some(control) = wanted(inode) {
+        if let Some(control) = concerned(inode) {
             enter(road, gate::seen_before(control, file), inode);
         }
     }
@@ -143,7 +143,7 @@ fn mark(control: Control, mut head: Head, call: &Call, by_worker: bool) {
 fn leave_file(ctx: &FExitContext, road: u64) -> Option<()> {
     // SAFETY: the arguments of the hooked function.
     let inode: *const u8 = unsafe { member(ctx.arg(0), &FILE_INODE) };
-    let control = wanted(inode)?;
+    let control = concerned(inode)?;
     let call = leave(ctx, road)?;
     let range = road == road::RANGE;
     let datasync: i32 = ctx.arg(if range { 3 } else { 1 });
@@ -199,7 +199,7 @@ pub fn saw_file(file: *const u8) {
     unsafe {
         let inode: *const u8 = member(file, &FILE_INODE);
         if (*call).road == road::SYSTEM_CALL
-            && let Some(control) = wanted(inode)
+            && let Some(control) = concerned(inode)
         {
             // Later than at the entry, and so no less is waited for.
             (*call).seen_before = gate::seen_before(control, file).unwrap_or(UNKNOWN);

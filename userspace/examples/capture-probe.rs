@@ -60,6 +60,7 @@ fn attach(mount: &str, filesystem: &str, ring_bytes: u32) -> Result<Capture> {
         device: kernel_device(mount)?,
         ring_bytes,
         filesystem: Filesystem::from_name(filesystem)?,
+        subtree: None,
     })?;
     println!(
         "attached in {:?}, resumed {}",

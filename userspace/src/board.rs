@@ -99,6 +99,8 @@ pub struct VolumeBoard {
     pub filesystem_errors: Gauge,
     /// Age of the oldest unflushed record, microseconds.
     pub oldest_unflushed_age_us: Gauge,
+    /// The directory below which only it is protected.
+    pub directory: OnceLock<String>,
     /// Whether the ring's own memory is the source of the RDMA writes.
     pub zero_copy: AtomicBool,
     /// Records by operation.
@@ -184,6 +186,7 @@ impl VolumeBoard {
             reserve_bytes: Gauge::default(),
             filesystem_errors: Gauge::default(),
             oldest_unflushed_age_us: Gauge::default(),
+            directory: OnceLock::new(),
             zero_copy: AtomicBool::new(false),
             records: Default::default(),
             bytes: Default::default(),
@@ -341,6 +344,7 @@ impl VolumeBoard {
         let words = self.words();
         VolumeStatus {
             name: self.name.clone(),
+            directory: self.directory.get().cloned(),
             role: words.role,
             protection: words.protection,
             reason: words.reason,

@@ -126,6 +126,8 @@ pub struct Volume {
     pub device: PathBuf,
     /// Where it is mounted.
     pub mount_point: PathBuf,
+    /// Only what is below this directory is protected, a path below the mount point; default: all of it.
+    pub directory: Option<PathBuf>,
     /// File system type: `ext4` or `xfs`.
     pub filesystem: String,
     /// Mount options, as for mount(8).

@@ -81,6 +81,9 @@ pub struct TakeoverStatus {
 pub struct VolumeStatus {
     /// Name from the configuration.
     pub name: String,
+    /// Only what is below this directory is protected; all of it if there is none.
+    #[serde(default)]
+    pub directory: Option<String>,
     /// What this node is to it.
     pub role: Role,
     /// Its protection (as far as this node knows it).

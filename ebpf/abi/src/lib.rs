@@ -128,10 +128,12 @@ pub mod gap {
     pub const OTHER_TREE: usize = 11;
     /// A change of attributes or of the size failed, and may have done a part.
     pub const ATTRIBUTES: usize = 12;
+    /// A file changed of which nobody could tell on which side of the protected directory's border it is.
+    pub const BORDER: usize = 13;
     /// How many reasons there are room for.
     pub const COUNT: usize = 16;
     /// The words for each reason, for logs and metrics.
-    pub const NAMES: [&str; 13] = [
+    pub const NAMES: [&str; 14] = [
         "fallocate",
         "remap",
         "mapping",
@@ -145,6 +147,7 @@ pub mod gap {
         "write-back",
         "other-subvolume",
         "attributes",
+        "border",
     ];
 }
 
@@ -271,6 +274,23 @@ pub mod control {
     pub const SERVER_STALLED_AT: usize = 150;
     /// Programs: replies of the NFS server that were refused.
     pub const SERVER_REFUSED: usize = 151;
+    /// Agent, of a volume of which one directory is protected: inode number and generation of that directory and
+    /// of those above it, [`SUBTREE_PATH_MAX`] pairs, 0 for none. The first is the protected one.
+    pub const SUBTREE_PATH: usize = 160;
+    /// Most of them.
+    pub const SUBTREE_PATH_MAX: usize = 8;
+    /// Agent: inode number and generation of its own directory.
+    pub const SUBTREE_OWN: usize = 176;
+    /// Agent: number of its last proof that no file has names on both sides of the border.
+    pub const SUBTREE_PROVEN: usize = 178;
+    /// Programs: renames, and further names, of directories inside and of files there with several names.
+    pub const SUBTREE_MOVES: usize = 179;
+    /// Programs: names that were given or moved across the border all the same.
+    pub const SUBTREE_CROSSINGS: usize = 180;
+    /// Agent: how many of them there were before the proof; [`UNSETTLED`] if it does not hold.
+    pub const SUBTREE_CROSSINGS_SEEN: usize = 181;
+    /// Agent: how often a program had been skipped when it was proven.
+    pub const SUBTREE_MISSES: usize = 182;
 }
 
 /// What calls of the fsync class wait for, and the host's one map of threads that are stopped before

@@ -226,6 +226,12 @@ fn build(config: Config, own: NodeId) -> anyhow::Result<Arc<Node>> {
         .collect();
     let board = Arc::new(Board::new(own.clone(), std::slice::from_ref(&peer), &shown));
     board.tell(&events);
+    for volume in &config.volumes {
+        if let (Some(directory), Some(board)) = (&volume.directory, board.volume(&volume.name)) {
+            // It is set here only.
+            let _ = board.directory.set(directory.display().to_string());
+        }
+    }
     let regions: BTreeMap<_, _> = config
         .volumes
         .iter()

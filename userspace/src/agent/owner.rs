@@ -7,6 +7,8 @@
 
 mod mirroring;
 
+use std::cell::Cell;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,8 +32,8 @@ use super::reserve::Reserve;
 use super::watch;
 use crate::board::VolumeBoard;
 use crate::capture::{
-    Capture, CaptureOptions, Continuity, DisabledHook, Filesystem, GapCounts, Need, RingConsumer,
-    bpf_lsm_active, calibrate, kernel_device, may_skip_hooks,
+    Capture, CaptureOptions, Continuity, DisabledHook, Filesystem, GapCounts, Looked, Need,
+    RingConsumer, Subtree, bpf_lsm_active, calibrate, kernel_device, may_skip_hooks,
 };
 use crate::cluster::control::{Request, Response};
 use crate::cluster::ownership::is_claimed_by_peer;
@@ -43,6 +45,8 @@ use crate::region::scan::Tail;
 use crate::replay::sentinel;
 use crate::status::{PeerState, Protection, Role};
 
+/// How often a search for hard links tells how far it is.
+const SEARCH_TOLD_EVERY: Duration = Duration::from_secs(5);
 /// A mirror that is not reached is tried again after this long.
 const RETRY: Duration = Duration::from_secs(1);
 /// A gap that ended an epoch is often followed by more of its kind.
@@ -124,14 +128,18 @@ impl<'a> Owner<'a> {
     ) -> anyhow::Result<Self> {
         let mount = &volume.mount_point;
         fitness::check(volume)?;
+        // The agent's own directory and sentinel are made now, before anything is captured for good.
+        let mut closer = Closer::new(node, volume, Arc::clone(&board))?;
+        let subtree = (volume.directory.as_deref())
+            .map(|directory| subtree_of(mount, directory))
+            .transpose()?;
         let options = CaptureOptions {
             volume_name: volume.name.clone(),
             device: kernel_device(mount)?,
             ring_bytes: u32::try_from(volume.ring_bytes.as_u64()).context("ring_bytes")?,
             filesystem: Filesystem::from_name(&volume.filesystem)?,
+            subtree,
         };
-        // The agent's own directory and sentinel are made now, before anything is captured for good.
-        let mut closer = Closer::new(node, volume, Arc::clone(&board))?;
         if !is_proven_closed && !Capture::can_be_resumed(&options) {
             close_before_attaching(&mut closer, &volume.name)?;
         }
@@ -164,6 +172,10 @@ impl<'a> Owner<'a> {
         let gate = capture.take_gate().context("the maps of the gate")?;
         let gatekeeper = Gatekeeper::start(gate, capture.control().clone(), Arc::clone(&board))?;
         // New programs come only where everything is closed and proven.
+        let goes_on = capture.resumed() && Continuity::load(capture.control()).is_some();
+        if !goes_on {
+            capture.withdraw_border();
+        }
         let unclosed = if capture.resumed() {
             closer.left("another agent ended, and this one cannot go on with it")
         } else {
@@ -284,6 +296,11 @@ impl<'a> Owner<'a> {
         if self.unclosed.is_none() {
             let (mount, device) = (&self.volume.mount_point, self.capture.options().device);
             watch::look_at_mount(mount, device)?;
+            if let Some(reason) = watch::lost_subtree(self.volume, &self.capture) {
+                self.capture_lost = true;
+                anyhow::bail!(reason);
+            }
+            self.prove_border()?;
             let opened = self.door().open()?;
             return self.begin_new(opened).map(Some);
         }
@@ -310,6 +327,26 @@ impl<'a> Owner<'a> {
             self.idle(GAP_REST);
         }
         Ok(None)
+    }
+
+    /// No file may have names on both sides of the protected directory's border.
+    fn prove_border(&self) -> anyhow::Result<()> {
+        let said_at = Cell::new(Instant::now());
+        let is_left = |looked: Looked| {
+            if said_at.get().elapsed() >= SEARCH_TOLD_EVERY {
+                said_at.set(Instant::now());
+                let reason = format!(
+                    "looking for hard links that lead out of the protected directory: {} names in {} directories \
+                     so far",
+                    looked.names, looked.directories
+                );
+                self.say(Protection::Exposed, &reason);
+            }
+            self.leaving().is_some()
+        };
+        Ok(self
+            .capture
+            .prove_border(&self.volume.mount_point, &is_left)?)
     }
 
     /// Closes what is not closed; whether nothing is left open.
@@ -497,6 +534,16 @@ fn close_before_attaching(closer: &mut Closer<'_>, volume: &str) -> anyhow::Resu
         None => gates.open_gates(&Proven::without_sentinel()),
     }
     Ok(())
+}
+
+/// The directory below which the volume is protected.
+fn subtree_of(mount: &Path, directory: &Path) -> anyhow::Result<Subtree> {
+    anyhow::ensure!(
+        bpf_lsm_active(),
+        "`directory` needs the security hooks inode_link and inode_rename: boot with `bpf` in the lsm= list, or \
+         protect the volume as a whole"
+    );
+    Ok(Subtree::find(mount, directory)?)
 }
 
 fn can_refuse_mappings(capture: &Capture) -> bool {

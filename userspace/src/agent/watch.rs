@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::filesystem_health::FilesystemHealth;
 use super::pump::{Ended, Standing};
 use crate::board::VolumeBoard;
-use crate::capture::{Capture, CaptureError, kernel_device};
+use crate::capture::{Capture, CaptureError, Subtree, kernel_device};
 use crate::config::Volume;
 use crate::replay::sentinel;
 
@@ -76,6 +76,9 @@ impl Watch {
             Err(MountFault::Gone(reason)) => return Err(Ended::Volume(reason)),
             Err(MountFault::Broken(reason)) => Some(reason),
         };
+        if let Some(reason) = lost_subtree(volume, capture) {
+            return Err(Ended::CaptureLost(reason));
+        }
         let unwell = self.health.look(board.checkpoints.get());
         board.filesystem_errors.set(self.health.errors());
         let wants_checkpoint = unwell.is_some();
@@ -98,6 +101,21 @@ impl Watch {
             }
             (Some(reason), _) => Standing::Exposed(reason.clone()),
         }
+    }
+}
+
+/// Why the protected directory is no longer where the configuration says, if so.
+pub fn lost_subtree(volume: &Volume, capture: &Capture) -> Option<String> {
+    let directory = volume.directory.as_deref()?;
+    let known = capture.options().subtree.as_ref();
+    match Subtree::find_cached(&volume.mount_point, directory) {
+        Ok(None) => None,
+        Ok(found) if found.as_ref() == known => None,
+        Ok(_) => Some(format!(
+            "another directory than the protected one is at {} now (`directory`)",
+            volume.mount_point.join(directory).display()
+        )),
+        Err(error) => Some(error.to_string()),
     }
 }
 

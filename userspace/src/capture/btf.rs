@@ -129,6 +129,26 @@ const OPTIONAL_MEMBERS: &[Member] = &[
     ("URING_FILE", "io_uring_cmd", &["file"]),
 ];
 
+/// As [`OPTIONAL_MEMBERS`]: without any of these no directory of a volume can be protected by itself.
+const SUBTREE_MEMBERS: &[Member] = &[
+    ("INODE_DENTRIES", "inode", &["i_dentry.first"]),
+    ("DENTRY_ALIAS", "dentry", &["d_u.d_alias", "d_alias"]),
+    ("DENTRY_HASHED_BY", "dentry", &["d_hash.pprev"]),
+    ("SB_ROOT", "super_block", &["s_root"]),
+];
+
+/// The first of the members by which programs tell on which side of a border something lies that the running
+/// kernel does not have.
+///
+/// # Errors
+/// As [`running_globals`].
+pub(super) fn missing_for_subtree() -> Result<Option<&'static str>, CaptureError> {
+    let globals = running_globals()?;
+    let is_there = |name: &str| globals.iter().any(|(global, _)| *global == name);
+    let mut names = SUBTREE_MEMBERS.iter().map(|(global, _, _)| *global);
+    Ok(names.find(|name| !is_there(name)))
+}
+
 /// Where a directory's inode has the flags that it hands on, which programs reach from its VFS inode: structure,
 /// its VFS inode, the flags, and which of them are handed on.
 struct HandedOn {
@@ -292,7 +312,7 @@ impl KernelTypes {
             })?;
             globals.push((*global, offset));
         }
-        for (global, structure, members) in OPTIONAL_MEMBERS {
+        for (global, structure, members) in OPTIONAL_MEMBERS.iter().chain(SUBTREE_MEMBERS) {
             if let Some(offset) = members
                 .iter()
                 .find_map(|member| self.offset(structure, member))

@@ -6,7 +6,7 @@
 
 use twinwrite_abi::gap;
 
-use super::Filesystem;
+use super::{CaptureOptions, Filesystem};
 
 /// What a volume loses without a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub enum Need {
     HoldsReplies,
     /// Without it the policy that refuses shared writable mappings cannot be carried out.
     RefusesMappings,
+    /// Only a volume of which one directory is protected has it attached, and cannot do without.
+    KeepsBorder,
     /// Without it a thread that polls an io_uring in user mode may see an answer before the gate has let
     /// it pass; each is noted as a gap.
     StopsPolling,
@@ -77,15 +79,18 @@ const MAKES_NEW: &[Filesystem] = &[Filesystem::Ext4, Filesystem::Btrfs];
 const BTRFS: Filesystem = Filesystem::Btrfs;
 
 impl Need {
-    /// Whether a volume of this file system has the hook attached.
+    /// Whether such a volume has the hook attached.
     #[must_use]
-    pub fn is_wanted_on(self, filesystem: Filesystem) -> bool {
+    pub fn is_wanted_on(self, options: &CaptureOptions) -> bool {
         match self {
-            Self::Only(only) | Self::OnlyCovered(only) => only == filesystem,
+            Self::Only(only) | Self::OnlyCovered(only) => only == options.filesystem,
+            Self::KeepsBorder => options.subtree.is_some(),
             _ => true,
         }
     }
 }
+
+const _: () = assert!(HOOKS.len() <= 64, "a hook is a bit of a word");
 
 /// All hooks. The index of a hook is its bit in the control slot `DISABLED`.
 #[rustfmt::skip]
@@ -145,6 +150,9 @@ pub const HOOKS: &[Hook] = &[
     hook("mapping_refuse", Kind::Lsm, "mmap_file", Need::RefusesMappings),
     hook("mapping_refuse_upgrade", Kind::Lsm, "file_mprotect", Need::RefusesMappings),
     hook("direct_submit", Kind::Entry, "invalidate_inode_pages2_range", Need::Covered),
+    hook("border_link", Kind::Lsm, "inode_link", Need::KeepsBorder),
+    hook("border_rename", Kind::Lsm, "inode_rename", Need::KeepsBorder),
+    hook("border_remove", Kind::Lsm, "inode_rmdir", Need::KeepsBorder),
     hook("write_btrfs_begin", Kind::Exit, "generic_write_checks", Need::Only(BTRFS)),
     hook("write_btrfs", Kind::Entry, "pagecache_isize_extended", Need::Only(BTRFS)),
     hook("sync_btrfs", Kind::Entry, "file_check_and_advance_wb_err", Need::Only(BTRFS)),

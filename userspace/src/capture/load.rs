@@ -18,7 +18,7 @@ use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use twinwrite_abi::{ABI_VERSION, control};
 
-use super::btf::{KERNEL_BTF, inode_globals, running_globals};
+use super::btf::{KERNEL_BTF, Setting, inode_globals, missing_for_subtree, running_globals};
 use super::control::Control;
 use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
@@ -26,9 +26,12 @@ use super::host::{self, HostLock};
 use super::object::{fingerprint, object};
 use super::probe;
 use super::server;
+use super::subtree::{self, Subtree};
 use super::sys::program_by_id;
 use super::{CaptureError, CaptureOptions, Filesystem};
 
+/// Files of which programs keep on which side of the border they lie, where there is one.
+const SIDES_MAX: u32 = 1 << 17;
 const PIN_ROOT: &str = "/sys/fs/bpf/twinwrite";
 
 /// A hook this kernel does not offer, and why.
@@ -222,6 +225,9 @@ fn reopen(directory: &Path, options: &CaptureOptions) -> Result<Attached, String
         control::FILESYSTEM,
         options.filesystem as u64,
     )?;
+    for (slot, word) in subtree::words(options.subtree.as_ref()) {
+        same("protected directory", slot, word)?;
+    }
     let ring = map("ring")?;
     let ring_bytes = ring_bytes_of(&ring).map_err(|error| error.to_string())?;
     if ring_bytes != options.ring_bytes {
@@ -333,6 +339,9 @@ fn load(directory: &Path, options: &CaptureOptions) -> Result<Attached, CaptureE
     control.settle_gaps(None);
     control.open_gate();
     control.set(control::DEVICE, options.device.into());
+    for (slot, word) in subtree::words(options.subtree.as_ref()) {
+        control.set(slot, word);
+    }
     let gate = Gate::open(control.clone())?;
     let (programs, links, disabled) = attach_all(&mut ebpf, directory, options)?;
     let mask = HOOKS.iter().enumerate().fold(0, |mask, (index, hook)| {
@@ -379,6 +388,18 @@ fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
     for (name, value) in in_inode.iter().flatten() {
         loader.override_global(name, value, true);
     }
+    let subtree: Vec<Setting> = options.subtree.iter().flat_map(Subtree::globals).collect();
+    for (name, value) in &subtree {
+        loader.override_global(name, value, true);
+    }
+    if options.subtree.is_some() {
+        if let Some(member) = missing_for_subtree()? {
+            return Err(CaptureError::NoMember(format!(
+                "member for {member}, without which `directory` cannot be used: protect the volume as a whole"
+            )));
+        }
+        loader.map_max_entries("SIDES", SIDES_MAX);
+    }
     let is_always_told = u64::from(probe::is_state_of_new_told(options.filesystem));
     loader.override_global("STATE_OF_NEW", &is_always_told, true);
     loader.map_max_entries("RING", options.ring_bytes);
@@ -410,10 +431,10 @@ fn attach_all(
     })?;
     let (mut programs, mut links, mut disabled) = (Vec::new(), Vec::new(), Vec::new());
     for hook in HOOKS {
-        if !hook.need.is_wanted_on(options.filesystem) {
+        if !hook.need.is_wanted_on(options) {
             disabled.push(DisabledHook {
                 hook: *hook,
-                reason: "not of this file system".to_owned(),
+                reason: "not of such a volume".to_owned(),
             });
             continue;
         }
@@ -432,7 +453,7 @@ fn attach_all(
                 let essential = match hook.need {
                     Need::Always => true,
                     Need::On(filesystems) => filesystems.contains(&options.filesystem),
-                    Need::Only(_) => true,
+                    Need::Only(_) | Need::KeepsBorder => true,
                     Need::Notices(_)
                     | Need::Covered
                     | Need::OnlyCovered(_)

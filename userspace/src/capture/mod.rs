@@ -8,6 +8,7 @@
 //! It must never report a volume's changes as captured before they were verified, nor lose a change
 //! without a counter that tells.
 
+mod border;
 mod btf;
 mod calibrate;
 mod continuity;
@@ -26,6 +27,7 @@ mod probe;
 mod redirty;
 mod ring;
 mod server;
+mod subtree;
 mod subvolumes;
 mod sys;
 
@@ -36,6 +38,7 @@ use aya::programs::links::FdLink;
 
 use crate::ids::Epoch;
 
+pub use border::{BorderError, Looked};
 pub use calibrate::{Calibration, calibrate};
 pub use continuity::Continuity;
 pub use control::{Control, GapCounts};
@@ -47,6 +50,7 @@ pub use page_cache::{CacheRead, PageCache, identity_of, identity_of_file};
 pub use probe::{Feature, bpf_lsm_active, features, may_skip_hooks};
 pub use redirty::{Redirtied, redirty};
 pub use ring::{RingConsumer, Run, Woken};
+pub use subtree::{NoSubtree, Subtree};
 pub use subvolumes::has_subvolumes;
 
 /// File systems whose hooks are known.
@@ -88,6 +92,8 @@ pub struct CaptureOptions {
     pub ring_bytes: u32,
     /// The file system's type.
     pub filesystem: Filesystem,
+    /// The directory below which it is protected; `None`: all of it.
+    pub subtree: Option<Subtree>,
 }
 
 /// The kernel's device number (`s_dev`) of the file system mounted at `mount_point`, or that it lies in:
@@ -296,6 +302,28 @@ impl Capture {
             );
         }
         Ok(())
+    }
+
+    /// Makes sure that no file has names on both sides of a protected directory's border, unless that was proven
+    /// and nothing has happened since by which it could be otherwise. `is_left`: whether to break off.
+    ///
+    /// # Errors
+    /// [`BorderError`].
+    pub fn prove_border(
+        &self,
+        mount_point: &Path,
+        is_left: &dyn Fn(Looked) -> bool,
+    ) -> Result<(), BorderError> {
+        let Some(subtree) = &self.options.subtree else {
+            return Ok(());
+        };
+        let misses = || self.recursion_misses();
+        border::prove(mount_point, subtree, &self.control, &misses, is_left)
+    }
+
+    /// Nobody has watched the volume since [`Self::prove_border`].
+    pub fn withdraw_border(&self) {
+        border::withdraw(&self.control);
     }
 
     /// Whether the programs ran already: nothing was missed since the agent before. Then they are

@@ -123,6 +123,10 @@ fn hook_features(types: &KernelTypes) -> Vec<Feature> {
                 false,
                 "the kernel's NFS server answers before the gate on this kernel".to_owned(),
             ),
+            Need::KeepsBorder => (
+                false,
+                "`directory` cannot be used on this kernel: a volume is protected as a whole".to_owned(),
+            ),
             Need::RefusesMappings => (
                 false,
                 "`mappings = \"refuse\"` cannot be carried out on this kernel".to_owned(),

@@ -199,6 +199,14 @@ pub(super) fn render(status: &AgentStatus, health: Health, why: &[String]) -> St
         ]);
     }
     text += &format!("{}\n", volumes.trim_fmt());
+    for volume in &status.volumes {
+        if let Some(directory) = &volume.directory {
+            text += &format!(
+                "{}: only what is below {directory} is protected\n",
+                volume.name
+            );
+        }
+    }
     for peer in &status.peers {
         text += &format!(
             "peer {}: {}, heard {} ago on the link, {} ago in the mailbox\n",

@@ -1,9 +1,10 @@
 //! Checking what the file says: each rule in one place, every finding with its key and remedy.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use jiff::SignedDuration;
+use twinwrite_abi::control;
 
 use super::load::quoted;
 use super::{Cluster, Config, ConfigError, Node, Volume};
@@ -244,6 +245,21 @@ fn check_volume(findings: &mut Findings, volume: &Volume, nodes: &[Node]) {
             key("mount_point")
         )
     });
+    if let Some(directory) = &volume.directory {
+        let is_plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+        let is_below = directory.components().all(is_plain)
+            && (1..=control::SUBTREE_PATH_MAX).contains(&directory.components().count())
+            && !directory.starts_with(".twinwrite");
+        findings.require(is_below, || {
+            format!(
+                "{} = \"{}\": use a path below the mount point, as in \"projects\", of at most {} parts and \
+                 without `..`; leave the key out to protect all of the volume",
+                key("directory"),
+                directory.display(),
+                control::SUBTREE_PATH_MAX
+            )
+        });
+    }
     findings.positive(&key("checkpoint_age"), volume.checkpoint_age);
     findings.positive(&key("lag_limit"), volume.lag_limit);
     findings.positive(

@@ -30,6 +30,30 @@ fn the_example_is_valid_and_needs_no_warning() {
 }
 
 #[test]
+fn a_directory_that_is_not_below_the_mount_point_is_refused() {
+    let with = |directory: &str| {
+        let line = format!("mount_point = \"/srv/data\"\ndirectory = \"{directory}\"");
+        error_with("mount_point = \"/srv/data\"", &line)
+    };
+    for wrong in [
+        "",
+        "/srv/data/projects",
+        "../projects",
+        "a/../../b",
+        ".",
+        ".twinwrite",
+        ".twinwrite/x",
+    ] {
+        let told = with(wrong);
+        assert!(
+            told.contains("volume.directory of `data`"),
+            "{wrong}: {told}"
+        );
+        assert!(told.contains("below the mount point"), "{wrong}: {told}");
+    }
+}
+
+#[test]
 fn the_example_shows_every_default_as_it_is() {
     // Uncommented, the optional keys must parse and, where the text promises the default, be it.
     let uncommented: String = EXAMPLE
@@ -49,11 +73,16 @@ fn the_example_shows_every_default_as_it_is() {
         Some(3)
     );
     assert!(shown.cluster.volume_io_limit.is_some());
+    assert_eq!(
+        shown.volumes[0].directory.as_deref(),
+        Some(Path::new("projects"))
+    );
     let rest = |mut config: Config| {
         config.digest.clear();
         config.cluster.rdma_device = None;
         config.cluster.volume_io_limit = None;
         config.volumes[0].mount_options.clear();
+        config.volumes[0].directory = None;
         config.volumes[0].serve_command = None;
         format!("{config:?}")
     };

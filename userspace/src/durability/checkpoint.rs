@@ -13,7 +13,7 @@ use crate::record::gap;
 /// Gaps after which older records of the log could be laid over newer bytes or names: they end the
 /// epoch. The others (stores through mappings, attributes) are covered by a checkpoint within it,
 /// because what confirms them is captured as a mark and clips the older records.
-pub const ENDING_GAPS: [usize; 8] = [
+pub const ENDING_GAPS: [usize; 9] = [
     gap::FALLOCATE,
     gap::REMAP,
     gap::DIRECT_IO,
@@ -22,6 +22,7 @@ pub const ENDING_GAPS: [usize; 8] = [
     gap::WHITEOUT,
     gap::UNREADABLE,
     gap::UNGATED,
+    gap::BORDER,
 ];
 
 /// Wait before the first retry.

@@ -25,6 +25,7 @@ mod preempt_full;
 mod returning_owner;
 mod runner;
 mod steady;
+mod subtree;
 mod survives_crash;
 mod torture;
 mod writer_cost;
@@ -81,6 +82,8 @@ const REPEATS: &[&str] = &[
     "gate_uring_preempt",
     "gate_nfs_v3",
     "paused_owner_xfs",
+    "subtree_xfs_6_1",
+    "subtree_btrfs",
 ];
 
 /// Which scenarios to run.
@@ -156,6 +159,25 @@ pub const ALL: &[Scenario] = &[
         200,
         Alone(torture::run),
         "what random operations of six seeds left survives power cuts, at rest and in their middle",
+    ),
+    scenario(
+        "subtree",
+        150,
+        Alone(subtree::run),
+        "of a volume with a protected directory what is below it survives, what is outside is not captured, and \
+         nothing crosses the border",
+    ),
+    scenario(
+        "subtree_xfs_6_1",
+        150,
+        Alone(subtree::on_xfs_of_6_1),
+        "the same on XFS of the older kernel",
+    ),
+    scenario(
+        "subtree_btrfs",
+        150,
+        Alone(subtree::on_btrfs),
+        "the same on btrfs",
     ),
     scenario(
         "metrics",
