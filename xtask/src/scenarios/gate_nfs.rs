@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -25,8 +25,9 @@ use NodeName::{A, B};
 const DEAD_AFTER: &str = "dead_after = \"20s\"";
 /// An agent that is gone for a while does not end the epoch.
 const LAG_LIMIT: &str = "lag_limit = \"60s\"";
-/// What was sent when the agent was stopped has arrived by then.
-const UNDER_WAY: Duration = Duration::from_secs(1);
+/// If nobody is told anything for so long, what was sent when the agent was stopped has arrived.
+const QUIET: Duration = Duration::from_secs(3);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// So long nobody is there who could open the gate.
 const ALONE_FOR: Duration = Duration::from_secs(7);
 const SETTLED: u64 = 1;
@@ -106,6 +107,27 @@ impl<'a> Nfs<'a> {
                 .with_context(|| format!("the log of {kind} ends with {line:?}"))
         };
         self.kinds.iter().map(last).collect()
+    }
+
+    /// What is confirmed once the answers have arrived that had left when the agent was stopped, just before: of each
+    /// client one, and one that was not in its log yet. On a slow host they take seconds.
+    fn last_answers(&self) -> Result<Vec<u64>> {
+        const UNDER_WAY_MAX: u64 = 2;
+        let at_stop = self.confirmed()?;
+        let (mut last, mut quiet_since) = (at_stop.clone(), Instant::now());
+        while quiet_since.elapsed() < QUIET {
+            sleep(LOOK_EVERY);
+            let now = self.confirmed()?;
+            if now != last {
+                (last, quiet_since) = (now, Instant::now());
+            }
+            let is_late = |(now, then): (&u64, &u64)| *now <= then + UNDER_WAY_MAX;
+            ensure!(
+                last.iter().zip(&at_stop).all(is_late),
+                "clients are answered while the agent stands still: {at_stop:?} became {last:?}"
+            );
+        }
+        Ok(last)
     }
 
     fn goes_on(&self, what: &str) -> Result<()> {
@@ -223,8 +245,7 @@ fn holds(lab: &Lab, version: Version, kinds: &'static [&'static str]) -> Result<
     nfs.goes_on("all clients are answered")?;
     let epoch = number(&volume(lab, A)?, "epoch")?;
     stop_agent(lab)?;
-    sleep(UNDER_WAY);
-    let before = nfs.confirmed()?;
+    let before = nfs.last_answers()?;
     throughout(lab, "no client is told anything", ALONE_FOR, || {
         Ok(nfs.confirmed()? == before)
     })?;
