@@ -39,6 +39,10 @@ const EMULATOR_ENDS: [&str; 4] = ["signal 6", "signal 7", "signal 4", "signal 11
 /// What a kernel says when a processor sleeps on although its timer has run out. Before a machine takes
 /// commands nothing of what is tested runs on it: the emulator has lost that interrupt.
 const LOST_TIMER: &str = "kthread timer wakeup didn't happen";
+/// What a machine's first process says at once.
+const STARTED: &str = "LABSTART";
+/// A kernel that has not come to its first process by then hangs: on a busy host it takes 20 seconds.
+const START_LIMIT: Duration = Duration::from_secs(90);
 /// A machine is started so often at the most before it takes commands.
 pub(super) const BOOTS_MAX: usize = 4;
 
@@ -126,7 +130,7 @@ impl Lab {
     /// is started again, since that tells nothing of what is tested: emulated processors may run into
     /// a breakpoint that the kernel has already taken back from its own code, or fault in the middle of
     /// its being patched, which no real one does; a timer's interrupt may get lost, and the kernel waits
-    /// for what never wakes; and on a busy host the kernel may take its processor's clock for many times
+    /// for what never wakes, also before it has a console to say so; and on a busy host the kernel may take its processor's clock for many times
     /// slower than it is, so that its seconds fly.
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
         for _ in 1..BOOTS_MAX {
@@ -134,6 +138,14 @@ impl Lab {
                 Err(_) if self.has_lost_its_timer(node) => {
                     progress::note(&format!(
                         "a timer of {node} was lost on its way up: booting again"
+                    ));
+                    self.end(node)?;
+                }
+                Err(_) if self.hangs_before_its_first_process(node)? => {
+                    progress::note(&format!(
+                        "{node}'s kernel did not come to its first process in {} s (at {}): booting again",
+                        START_LIMIT.as_secs(),
+                        self.instructions(node)
                     ));
                     self.end(node)?;
                 }
@@ -178,6 +190,26 @@ impl Lab {
             && !self.share(node).join("ready").exists()
     }
 
+    /// Whether a machine lives and its kernel has started nothing yet, for longer than it can take.
+    fn hangs_before_its_first_process(&self, node: NodeName) -> Result<bool> {
+        let console = fs::read(self.console_log(node)).unwrap_or_default();
+        let machine = self.machine(node)?;
+        let exists_ms = super::clock::now_ms() - machine.started_at_ms;
+        Ok(machine.ended.is_none() && never_started(&String::from_utf8_lossy(&console), exists_ms))
+    }
+
+    /// Where its processors are.
+    fn instructions(&self, node: NodeName) -> String {
+        match self.monitor(node, "info registers -a") {
+            Ok(said) => {
+                let words = said.split_whitespace();
+                let places: Vec<&str> = words.filter(|word| word.starts_with("RIP=")).collect();
+                places.join(", ")
+            }
+            Err(error) => format!("unknown: {error:#}"),
+        }
+    }
+
     /// Whether a machine that is ready has been up for longer than it exists.
     fn is_clock_too_fast(&self, node: NodeName) -> Result<bool> {
         let ready = self.share(node).join("ready");
@@ -215,7 +247,9 @@ impl Lab {
         while !ready.exists() {
             let ended = self.machine(node)?.ended;
             let is_late = Instant::now() >= deadline;
-            if ended.is_some() || is_late || self.has_lost_its_timer(node) {
+            let hangs =
+                self.has_lost_its_timer(node) || self.hangs_before_its_first_process(node)?;
+            if ended.is_some() || is_late || hangs {
                 let why = match ended {
                     Some(end) => format!("ended while booting ({})", end.how),
                     None if is_late => "is not ready in time".to_owned(),
@@ -310,6 +344,12 @@ fn lost_its_timer(console: &str) -> bool {
     console.contains(LOST_TIMER)
 }
 
+/// Whether a kernel of this age has not come to its first process, and will not.
+fn never_started(console: &str, exists_ms: i64) -> bool {
+    let is_late = u128::try_from(exists_ms).is_ok_and(|ms| ms >= START_LIMIT.as_millis());
+    is_late && !console.contains(STARTED)
+}
+
 /// Whether this uptime is impossible for a machine of this age; its clock may be a little off.
 fn flies(up_s: f64, exists_ms: i64) -> bool {
     up_s * 1000.0 > exists_ms as f64 * 1.2 + 1000.0
@@ -337,7 +377,7 @@ fn judge(machine: &MachineStatus, kind: CrashKind, console: &str) -> Result<i64>
 
 #[cfg(test)]
 mod tests {
-    use super::{CrashKind, emulators_fault, flies, judge, lost_its_timer};
+    use super::{CrashKind, emulators_fault, flies, judge, lost_its_timer, never_started};
     use crate::lab::config::NodeName;
     use crate::lab::process::ProcessId;
     use crate::lab::protocol::{MachineEnd, MachineStatus};
@@ -376,6 +416,13 @@ mod tests {
         assert!(!lost_its_timer(starved));
         let lost = "rcu: rcu_preempt kthread timer wakeup didn't happen for 5251 jiffies! g-1151";
         assert!(lost_its_timer(&format!("{starved}\n{lost}")));
+    }
+
+    #[test]
+    fn a_kernel_that_hangs_before_its_first_process_is_known_from_a_later_hang() {
+        assert!(never_started("", 90_000));
+        assert!(!never_started("", 60_000));
+        assert!(!never_started("LABSTART\n", 170_000));
     }
 
     #[test]
