@@ -89,6 +89,14 @@ pub(super) fn is_note(name: &[u8]) -> bool {
     Note::parse(name).is_some()
 }
 
+/// Whether it is a note of what is still to be done, of whatever epoch.
+pub(super) fn is_to_be_done(name: &[u8]) -> bool {
+    matches!(
+        Note::parse(name),
+        Some(Note::Locked(..) | Note::Capable(..))
+    )
+}
+
 /// Whether it is a note that stands for a stamp: what it says is of one epoch only.
 pub(super) fn is_stamp_note(name: &[u8]) -> bool {
     matches!(Note::parse(name), Some(Note::Made(..)))
@@ -147,11 +155,20 @@ pub(super) fn pass_on_no_acl<V: Volume>(volume: &mut V, directory: Identity) -> 
 }
 
 impl<'a, V: Volume> Apply<'_, 'a, V> {
-    /// Reads the notes that stand for stamps; those of other epochs are gone by now.
-    pub(super) fn read_stamp_notes(&mut self) -> Step<()> {
+    /// Reads what an interrupted run has noted; stamps of other epochs are gone by now.
+    pub(super) fn read_notes(&mut self) -> Step<()> {
         for name in self.volume.list(self.staging)? {
-            if let Some(Note::Made(disk, planned)) = Note::parse(&name) {
-                self.noted.insert(disk, planned);
+            match Note::parse(&name) {
+                Some(Note::Locked(identity, locks)) => {
+                    self.locks.insert(identity, locks);
+                }
+                Some(Note::Capable(identity, value)) => {
+                    self.capabilities.insert(identity, value);
+                }
+                Some(Note::Made(disk, planned)) => {
+                    self.noted.insert(disk, planned);
+                }
+                None => {}
             }
         }
         Ok(())
@@ -169,17 +186,6 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
 
     /// Opens every inode of the log to changes.
     pub(super) fn unlock(&mut self) -> Step<()> {
-        for name in self.volume.list(self.staging)? {
-            match Note::parse(&name) {
-                Some(Note::Locked(identity, locks)) => {
-                    self.locks.insert(identity, locks);
-                }
-                Some(Note::Capable(identity, value)) => {
-                    self.capabilities.insert(identity, value);
-                }
-                Some(Note::Made(..)) | None => {}
-            }
-        }
         let root = self.volume.root()?;
         let on_disk: Vec<Identity> = self.planned.keys().copied().chain([root]).collect();
         for disk in on_disk {
@@ -400,7 +406,7 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             }
         }
         for name in self.volume.list(self.staging)? {
-            if is_note(&name) && !is_stamp_note(&name) {
+            if is_to_be_done(&name) {
                 self.volume.unlink(self.staging, &name)?;
             }
         }

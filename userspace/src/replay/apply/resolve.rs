@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::extended::{is_note, is_stamp_note};
+use super::extended::is_to_be_done;
 use super::{Apply, Found, Stage};
 use crate::faults::{Fault, injected};
 use crate::ids::Identity;
@@ -185,11 +185,11 @@ impl<'a, V: Volume> Apply<'_, 'a, V> {
             match self.volume.stamp(made)? {
                 Some(stamp) if stamp.epoch == self.plan.epoch => {}
                 // Of a replay that never came to its end: what it says is still to be done.
-                Some(_) if is_note(&name) && !is_stamp_note(&name) => self.stamp_note(made)?,
+                Some(_) if is_to_be_done(&name) => self.stamp_note(made)?,
                 _ => self.discard(&name, made)?,
             }
         }
-        self.read_stamp_notes()
+        self.read_notes()
     }
 
     fn discard(&mut self, name: &[u8], made: Identity) -> Step<()> {
