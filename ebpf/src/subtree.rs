@@ -320,15 +320,18 @@ fn with_border(inode: *const u8) -> Option<Control> {
     wanted_on_volume(inode)
 }
 
-/// What a hook answers where a name is to lead from something on one side to a directory on another.
+/// What a hook answers about a name of `inode` that is to be in `directory`, where `from` is on its side now. One that
+/// stays inside is counted.
 #[inline(always)]
-fn across(one: *const u8, other: *const u8) -> i32 {
-    let (one, other) = (side(one), side(other));
-    if one == other && one != Side::Unknown {
-        0
-    } else {
-        -EXDEV
+fn answer(control: Control, from: *const u8, inode: *const u8, directory: *const u8) -> i32 {
+    let (from, to) = (side(from), side(directory));
+    if from != to || from == Side::Unknown {
+        return -EXDEV;
     }
+    if to == Side::Inside {
+        note_move(control, inode);
+    }
+    0
 }
 
 /// Whether the inode is the protected directory or one of those above it, which must stay where they are: what
@@ -358,10 +361,7 @@ fn is_on_path(control: Control, inode: *const u8) -> bool {
 
 /// Counts what a search for files with names on both sides could miss because it moves inside meanwhile.
 #[inline(always)]
-fn note_move(control: Control, inode: *const u8, directory: *const u8) {
-    if side(directory) != Side::Inside {
-        return;
-    }
+fn note_move(control: Control, inode: *const u8) {
     // SAFETY: callers pass an inode from the hook's arguments.
     let (mode, links) = unsafe {
         (
@@ -386,13 +386,7 @@ fn link(ctx: &LsmContext) -> i32 {
     // SAFETY: the hook's arguments.
     let (inode, directory) = unsafe { (inode_of(ctx.arg(0)), ctx.arg(1)) };
     match with_border(directory) {
-        Some(control) if before == 0 => {
-            let answer = across(inode, directory);
-            if answer == 0 {
-                note_move(control, inode, directory);
-            }
-            answer
-        }
+        Some(control) if before == 0 => answer(control, inode, inode, directory),
         _ => before,
     }
 }
@@ -414,11 +408,7 @@ fn rename(ctx: &LsmContext) -> i32 {
             if is_on_path(control, inode) || is_on_path(control, victim) {
                 return -EBUSY;
             }
-            let answer = across(from, to);
-            if answer == 0 {
-                note_move(control, inode, to);
-            }
-            answer
+            answer(control, from, inode, to)
         }
         _ => before,
     }

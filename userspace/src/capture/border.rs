@@ -130,7 +130,7 @@ pub(super) fn prove(
     if number != 0 && standing()? == proven {
         return Ok(());
     }
-    control.set(control::SUBTREE_CROSSINGS_SEEN, control::UNSETTLED);
+    withdraw(control);
     let tree = bare_view(mount).map_err(failed(format!("a view of {}", mount.display())))?;
     let mut suspect = None;
     for _ in 0..TRIES {

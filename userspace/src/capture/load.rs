@@ -18,7 +18,7 @@ use aya::programs::{Program, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use twinwrite_abi::{ABI_VERSION, control};
 
-use super::btf::{KERNEL_BTF, Setting, inode_globals, missing_for_subtree, running_globals};
+use super::btf::{KERNEL_BTF, inode_globals, missing_for_subtree, running_globals};
 use super::control::Control;
 use super::gate::Gate;
 use super::hooks::{HOOKS, Hook, Kind, Need};
@@ -385,14 +385,11 @@ fn load_object(options: &CaptureOptions) -> Result<Ebpf, CaptureError> {
                 .to_owned(),
         ));
     }
-    for (name, value) in in_inode.iter().flatten() {
+    let subtree = options.subtree.as_ref().map(Subtree::globals);
+    for (name, value) in in_inode.iter().flatten().chain(subtree.iter().flatten()) {
         loader.override_global(name, value, true);
     }
-    let subtree: Vec<Setting> = options.subtree.iter().flat_map(Subtree::globals).collect();
-    for (name, value) in &subtree {
-        loader.override_global(name, value, true);
-    }
-    if options.subtree.is_some() {
+    if subtree.is_some() {
         if let Some(member) = missing_for_subtree()? {
             return Err(CaptureError::NoMember(format!(
                 "member for {member}, without which `directory` cannot be used: protect the volume as a whole"

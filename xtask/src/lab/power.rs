@@ -130,8 +130,8 @@ impl Lab {
     /// is started again, since that tells nothing of what is tested: emulated processors may run into
     /// a breakpoint that the kernel has already taken back from its own code, or fault in the middle of
     /// its being patched, which no real one does; a timer's interrupt may get lost, and the kernel waits
-    /// for what never wakes, also before it has a console to say so; and on a busy host the kernel may take its processor's clock for many times
-    /// slower than it is, so that its seconds fly.
+    /// for what never wakes, also before it has a console to say so; and on a busy host the kernel may take
+    /// its processor's clock for many times slower than it is, so that its seconds fly.
     pub(super) fn wait_ready(&self, node: NodeName) -> Result<()> {
         for _ in 1..BOOTS_MAX {
             match self.wait_once(node) {
@@ -141,7 +141,7 @@ impl Lab {
                     ));
                     self.end(node)?;
                 }
-                Err(_) if self.hangs_before_its_first_process(node)? => {
+                Err(_) if self.hangs_before_its_first_process(&self.machine(node)?) => {
                     progress::note(&format!(
                         "{node}'s kernel did not come to its first process in {} s (at {}): booting again",
                         START_LIMIT.as_secs(),
@@ -191,11 +191,10 @@ impl Lab {
     }
 
     /// Whether a machine lives and its kernel has started nothing yet, for longer than it can take.
-    fn hangs_before_its_first_process(&self, node: NodeName) -> Result<bool> {
-        let console = fs::read(self.console_log(node)).unwrap_or_default();
-        let machine = self.machine(node)?;
+    fn hangs_before_its_first_process(&self, machine: &MachineStatus) -> bool {
+        let console = fs::read(self.console_log(machine.node)).unwrap_or_default();
         let exists_ms = super::clock::now_ms() - machine.started_at_ms;
-        Ok(machine.ended.is_none() && never_started(&String::from_utf8_lossy(&console), exists_ms))
+        machine.ended.is_none() && never_started(&String::from_utf8_lossy(&console), exists_ms)
     }
 
     /// Where its processors are.
@@ -245,10 +244,11 @@ impl Lab {
         let ready = self.share(node).join("ready");
         let deadline = Instant::now() + READY_LIMIT;
         while !ready.exists() {
-            let ended = self.machine(node)?.ended;
+            let machine = self.machine(node)?;
             let is_late = Instant::now() >= deadline;
             let hangs =
-                self.has_lost_its_timer(node) || self.hangs_before_its_first_process(node)?;
+                self.has_lost_its_timer(node) || self.hangs_before_its_first_process(&machine);
+            let ended = machine.ended;
             if ended.is_some() || is_late || hangs {
                 let why = match ended {
                     Some(end) => format!("ended while booting ({})", end.how),
